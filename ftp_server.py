@@ -1,0 +1,1756 @@
+#!/usr/bin/env python3
+"""A file server in one file: `put` stores into upload/, `get` serves from download/.
+
+    python ftp_server.py                       for this machine only, port 8885, one event loop
+    python ftp_server.py 0.0.0.0               for everybody on the network
+    python ftp_server.py --mode socketserver   a thread for each client instead of the event loop
+
+The protocol, over TCP. The first byte of a request tells the dialect: "{" is framed, all else classic.
+
+    framed   a JSON object on a line, then as many raw bytes as it tells; the server answers likewise
+        hello                                       -> mode, version, limits
+        ls      path recursive                      -> size, then a JSON object a line
+        get     name offset sha256                  -> size offset mtime, then the bytes, then sha256
+        resume  name size id                        -> offset sha256: what is here of a broken put
+        put     name size offset id mtime           -> name size sha256 duplicate
+                then the bytes, then {"sha256": …}
+        whatever fails                              -> {"ok": false, "code": …, "error": …}
+    classic  put|name|size  -> OK, then the bytes   (no answer)
+             get|name|0     -> YES|size or NO|0;  second_active -> the bytes
+
+Reading order: files (no sockets), messages (no I/O), the two kinds of wait and what is built on them,
+the session (one client, written once, top to bottom), and the two ways to run many of them: a thread
+each (socketserver) or all in one loop (selectors). "A thread is an event loop with one connection."
+"""
+import argparse
+import codecs
+import collections
+import contextlib
+import errno
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import selectors
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import sys
+import threading
+import time
+import types
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+VERSION = "1.0"
+PORT = 8885                # the original's
+BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
+CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
+SLICE = 1 << 16            # bytes sent to one client before the others have their turn
+JOIN = 1 << 18             # bytes of small answers that are joined into one send
+HASH_SLICE = 1 << 22       # bytes hashed or compared between two chances for others to go first
+SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
+HEADER_TIME = 10           # seconds from a header's first byte to its last
+QUIET_TIME = 0.02          # seconds without a further byte that end a classic request
+LINGER_TIME = 5            # seconds that a peer has to read the last answer before the socket goes
+TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
+STOP_TIME = 1.5            # seconds that sessions have to end when the server stops
+TICK = 0.5                 # seconds between two looks at whether to stop
+WORKERS = 64               # threads beside the event loop, at most
+PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
+PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
+SWEEP_EVERY = 3600         # seconds between two looks for such
+DIGESTS = 4096             # files whose SHA-256 is remembered
+SETTLED = 2                # seconds a file must have been left alone for that: clocks of file systems are coarse
+NAME_LIMIT = 255           # bytes of one part of a name
+PATH_LIMIT = 4096          # bytes of a whole name
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+LOG = logging.getLogger("ftp_server")
+
+
+# ==== Errors: what a client is told ====================================================================
+
+class Refusal(Exception):
+    """A request that can't be granted: str() is for people, code for programs, no path of ours in either."""
+    code = "server-error"
+    closes = False          # True: the connection can't go on after this answer
+
+
+class BadRequest(Refusal):
+    code = "bad-request"
+
+
+class BadName(Refusal):
+    code = "bad-name"
+
+
+class NotFound(Refusal):
+    code = "not-found"
+
+
+class NotAFile(Refusal):
+    code = "not-a-file"
+
+
+class Denied(Refusal):
+    code = "denied"
+
+
+class TooLarge(Refusal):
+    code = "too-large"
+
+
+class DiskFull(Refusal):
+    code = "disk-full"
+
+
+class Busy(Refusal):
+    code = "busy"
+
+
+class Mismatch(Refusal):
+    code = "mismatch"
+
+
+class Changed(Refusal):
+    code = "changed"
+
+
+class TimedOut(Refusal):
+    code = "timeout"
+    closes = True
+
+
+def closing(refusal):
+    """Make a refusal one after which the connection can't go on."""
+    refusal.closes = True
+    return refusal
+
+
+class Gone(Exception):
+    """The peer closed the connection, or it broke."""
+
+
+REFUSALS = {getattr(errno, name): refusal for refusal, names in (
+    (NotFound, "ENOENT"), (NotAFile, "EISDIR ELOOP ENXIO"), (BadName, "ENAMETOOLONG EILSEQ"),
+    (Denied, "EACCES EPERM EROFS ENOTDIR"), (DiskFull, "ENOSPC EDQUOT EFBIG"),
+    (Busy, "EMFILE ENFILE ENOMEM EAGAIN")) for name in names.split() if hasattr(errno, name)}
+
+
+def refusal_of(error):
+    """The Refusal that an OSError of the file system amounts to."""
+    return REFUSALS.get(error.errno, Refusal)(os.strerror(error.errno) if error.errno else "the file system failed")
+
+
+# ==== Files: names, folders, downloads, uploads (no sockets) ==============================================
+
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
+WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
+# O_NONBLOCK: opening a FIFO must not wait for its other end. O_BINARY is Windows'.
+OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
+HAS_DIR_FD = os.open in os.supports_dir_fd
+
+
+def split_name(name):
+    """Check a name that came over the wire and return its parts. Raises BadName."""
+    if UNSAFE.search(name):
+        raise BadName("a name may not hold a backslash or a control character")
+    if len(name.encode("utf-8")) > PATH_LIMIT:
+        raise BadName("the name is longer than %d bytes" % PATH_LIMIT)
+    parts = name.split("/")
+    for part in parts:
+        if part in ("", ".", "..") or part.casefold() == PARTIAL:
+            raise BadName("a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
+        if len(part.encode("utf-8")) > NAME_LIMIT:
+            raise BadName("a part of the name is longer than %d bytes" % NAME_LIMIT)
+    return [storable(part) for part in parts]
+
+
+def storable(part, windows=os.name == "nt"):
+    """The part as this system can hold it: what Windows forbids becomes "_"."""
+    if not windows:
+        return part
+    return WINDOWS_DEVICE.sub(r"\1_", WINDOWS_UNSAFE.sub("_", part), 1) if WINDOWS_DEVICE.match(part) \
+        else WINDOWS_UNSAFE.sub("_", part)
+
+
+def to_disk(part):
+    """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
+    return part if os.name == "nt" else os.fsdecode(part.encode("utf-8"))
+
+
+def from_disk(name):
+    """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
+    return name if os.name == "nt" else os.fsencode(name).decode("utf-8")
+
+
+def numbered(name):
+    """Yield name.ext, name-2.ext, name-3.ext and so on, none longer than a part may be."""
+    yield name
+    stem, extension = os.path.splitext(name)
+    if len(extension.encode("utf-8")) > NAME_LIMIT // 2:
+        stem, extension = name, ""
+    for number in itertools.count(2):
+        end = "-%d%s" % (number, extension)
+        yield stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
+
+
+class Folder:
+    """A folder held open, so that a link swapped in later can't lead out of it (openat(2), O_NOFOLLOW).
+
+    Where the system has no descriptors of folders (Windows) the same calls take joined paths."""
+
+    def __init__(self, path, fd=None):
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if fd is None and HAS_DIR_FD else fd
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self.fd is not None:
+            os.close(self.fd)
+
+    def at(self, part):
+        return to_disk(part) if self.fd is not None else os.path.join(self.path, part)
+
+    def open(self, part, flags):
+        return os.open(self.at(part), flags | OPEN_FLAGS, 0o666, dir_fd=self.fd)
+
+    def stat(self, part):
+        return os.stat(self.at(part), dir_fd=self.fd, follow_symlinks=False)
+
+    def unlink(self, part):
+        os.unlink(self.at(part), dir_fd=self.fd)
+
+    def names(self):
+        """What the folder holds, but for names that no client could ask for."""
+        for name in sorted(os.listdir(self.path if self.fd is None else self.fd)):
+            with contextlib.suppress(ValueError, BadName):
+                yield split_name(from_disk(name))[0]
+
+    def inner(self, part, make=False, sync=False):
+        """Open a folder in this one; never through a link. make: create it if there is none."""
+        path = os.path.join(self.path, part)
+        try:
+            if self.fd is None:
+                if not stat.S_ISDIR(os.lstat(path).st_mode) or os.path.realpath(path) != os.path.join(
+                        os.path.realpath(self.path), part):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                return Folder(path)
+            return Folder(path, self.open(part, os.O_RDONLY | os.O_DIRECTORY))
+        except FileNotFoundError:
+            if not make:
+                raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:              # what some systems say of a link
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+            raise
+        with contextlib.suppress(FileExistsError):      # made meanwhile by another session: as good
+            os.mkdir(self.at(part), dir_fd=self.fd)
+            self.sync(sync)
+        return self.inner(part)
+
+    def sync(self, wanted=True):
+        if wanted and self.fd is not None:              # Windows can't and needn't flush a folder
+            os.fsync(self.fd)
+
+
+@contextlib.contextmanager
+def walk(root, parts, make=False, sync=False):
+    """Open the folder that parts lead to from the folder root, one step after the other."""
+    folder = Folder(root)
+    try:
+        for part in parts:
+            inner = folder.inner(part, make, sync)
+            folder.__exit__()
+            folder = inner
+        yield folder
+    finally:
+        folder.__exit__()
+
+
+def lock(fd):
+    """Lock an open file against other processes; the system unlocks it however this one ends.
+
+    Raises BlockingIOError or PermissionError where another has it."""
+    if fcntl:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):   # a disk without locks
+                raise
+    else:
+        os.lseek(fd, 1 << 62, os.SEEK_SET)              # far behind the content, which stays readable
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        os.lseek(fd, 0, os.SEEK_SET)
+
+
+class Download:
+    """A regular file open for reading, and what it was when it was opened. Use it in a `with` block."""
+
+    def __init__(self, fd):
+        self.file = io.FileIO(fd, "rb")
+        self.stat = os.fstat(fd)
+        self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
+        self.moved, self.digest = 0, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.file.close()
+
+    def advance(self, offset, count):
+        """Count bytes on their way out; the new offset. Raises Changed where there were none: the file is shorter now."""
+        if not count:
+            raise Changed("the file shrank while it was sent")
+        self.moved += count
+        return offset + count
+
+    def identity(self):
+        return tuple(getattr(self.stat, "st_" + key) for key in ("dev", "ino", "size", "mtime_ns", "ctime_ns"))
+
+    def changed(self):
+        """Tell whether somebody wrote to the file since it was opened.
+
+        Writing changes ctime; so does losing a name to a newer file, which leaves the content as it was."""
+        now = os.fstat(self.file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
+            return True
+        return now.st_nlink == self.stat.st_nlink and now.st_ctime_ns != self.stat.st_ctime_ns
+
+    def settled(self):
+        """Tell whether the file has been left alone for long enough to trust its time stamps."""
+        return abs(time.time() - max(self.stat.st_mtime, self.stat.st_ctime)) > SETTLED
+
+    def hash_prefix(self, length):
+        """Generator: hash the first length bytes, with a pause for others at each yield."""
+        self.digest = hashlib.sha256()
+        yield from hash_into(self.digest, self.file, length)
+
+
+def hash_into(digest, file, length):
+    """Generator: hash length bytes from the start of a raw file. Raises Changed where it is shorter."""
+    file.seek(0)
+    view = memoryview(bytearray(min(length, CHUNK)))
+    for offset in range(0, length, CHUNK):
+        count = file.readinto(view[:length - offset])
+        if count < min(CHUNK, length - offset):
+            raise Changed("the file shrank while it was read")
+        digest.update(view[:count])
+        if offset % HASH_SLICE == 0:
+            yield
+
+
+def same_content(one, other):
+    """Generator: compare two raw files from their starts; the value is True where they are the same."""
+    one.seek(0)
+    for slices in itertools.count():
+        data = one.read(CHUNK)
+        if data != other.read(CHUNK):
+            return False
+        if not data:
+            return True
+        if slices % (HASH_SLICE // CHUNK) == 0:
+            yield
+
+
+class Claims:
+    """The upload ids under way in this server, and how to end the session that has one."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.claims = {}            # id: (function that ends its session, event set when it let go)
+
+    def take(self, ident, cut):
+        """Make ident the caller's; whoever had it before is cut and waited for. Raises Busy."""
+        give_up = time.monotonic() + TAKEOVER_TIME
+        while True:
+            with self.lock:
+                cut_older, released = self.claims.setdefault(ident, (cut, threading.Event()))
+                if cut_older is cut:
+                    return
+            cut_older()
+            if not released.wait(max(0, give_up - time.monotonic())):
+                raise Busy("an older session is still storing this file: try again in a moment")
+
+    def release(self, ident):
+        with self.lock:
+            self.claims.pop(ident)[1].set()
+
+
+class Upload:
+    """A file on its way in: a partial file, to which publish() gives the final name.
+
+    Use it in a `with` block. Unpublished, the partial stays for a resume where it has an id, else it goes."""
+
+    def __init__(self, storage, parts, size, ident, cut):
+        self.storage, self.parts, self.size, self.ident = storage, parts, size, ident
+        self.partial = ident or os.urandom(16).hex()
+        self.digest, self.moved, self.keep = None, 0, bool(ident)       # keep: for a resume
+        with contextlib.ExitStack() as undo:
+            if ident:
+                storage.claims.take(ident, cut)
+                undo.callback(storage.claims.release, ident)
+            with Folder(storage.upload) as root:
+                self.folder = undo.enter_context(root.inner(PARTIAL, make=True))
+            self.file = undo.enter_context(io.FileIO(self.open_partial(), "rb+"))
+            self.undo = undo.pop_all()
+        self.length = os.fstat(self.file.fileno()).st_size
+
+    def open_partial(self):
+        while True:
+            fd = self.folder.open(self.partial, os.O_RDWR | os.O_CREAT | (0 if self.ident else os.O_EXCL))
+            try:
+                if self.ident:
+                    lock(fd)
+                links = os.fstat(fd).st_nlink
+            except BaseException as error:
+                os.close(fd)
+                if isinstance(error, (BlockingIOError, PermissionError)):
+                    raise Busy("another server is storing this file") from None
+                raise
+            if links == 1:
+                return fd
+            os.close(fd)            # 0: removed by the one who had the lock; 2: published by one who was
+            if links > 1:           # killed before he took this name away: to write to it would be to change that
+                self.folder.unlink(self.partial)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        try:
+            if self.partial and not (self.keep and self.length):
+                self.discard()
+        finally:
+            self.undo.close()       # the lock goes with the file, last
+
+    def discard(self):
+        partial, self.partial = self.partial, None
+        if os.name == "nt":
+            self.file.close()       # Windows neither removes nor renames an open file
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.unlink(partial)
+
+    def cut_back(self, offset):
+        """Go on at byte offset of the partial; what it holds behind that is dropped."""
+        self.file.truncate(offset)
+        self.file.seek(offset)
+        self.length = offset
+
+    def hash_prefix(self):
+        """Generator: hash what the partial holds already."""
+        self.digest = hashlib.sha256()
+        yield from hash_into(self.digest, self.file, self.length)
+
+    def write(self, view):
+        """Append bytes to the partial, and to the digest if there is one."""
+        if self.digest:
+            self.digest.update(view)
+        try:
+            done = 0
+            while done < len(view):
+                done += self.file.write(view[done:])
+        except OSError as error:
+            self.keep = self.keep and refusal_of(error).code != DiskFull.code       # make room for others
+            raise
+        self.length += done
+        self.moved += done
+
+    def check(self, sha256):
+        """Compare the digest with the sender's, where both have one; ours. Raises Mismatch."""
+        digest = self.digest.hexdigest() if self.digest else None
+        if digest and sha256 and digest != sha256.lower():
+            self.keep = False
+            raise Mismatch("the bytes that arrived have another SHA-256")
+        return digest
+
+    def publish(self, mtime=None):
+        """Generator: flush the partial to disk and give it its final name, or drop it as a duplicate.
+
+        Its value is (the name stored, whether the same content was there already)."""
+        if mtime is not None:
+            with contextlib.suppress(OverflowError):            # a time that this system can't hold
+                times = (int(mtime * 1e9),) * 2
+                os.utime(*((self.file.fileno(),) if os.utime in os.supports_fd else (self.folder.at(self.partial),)), ns=times)
+        if self.storage.fsync:
+            os.fsync(self.file.fileno())
+        if os.name == "nt":
+            self.file.close()
+        with walk(self.storage.upload, self.parts[:-1], make=True, sync=self.storage.fsync) as folder:
+            for name in [self.parts[-1]] if self.storage.overwrite else numbered(self.parts[-1]):
+                if self.rename(folder, name):
+                    folder.sync(self.storage.fsync)
+                    return self.stored_as(name), False
+                if (yield from self.same(folder, name)):
+                    self.discard()
+                    return self.stored_as(name), True
+
+    def stored_as(self, name):
+        return "/".join(self.parts[:-1] + [name])
+
+    def rename(self, folder, name):
+        """Move the partial to its final name in folder; False where that is taken."""
+        source, target = self.folder.at(self.partial), folder.at(name)
+        where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": folder.fd}
+        if self.storage.overwrite:
+            self.storage.check_replaceable(folder, name)
+            os.replace(source, target, **where)
+            self.partial = None
+            return True
+        try:
+            os.link(source, target, **where)            # unlike a rename it never replaces anything
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            return self.rename_unlinked(folder, name, source, target, where)
+        self.discard()
+        return True
+
+    def rename_unlinked(self, folder, name, source, target, where):
+        """rename() for a disk without hard links (FAT): sessions of this server take turns."""
+        with self.storage.renaming:
+            with contextlib.suppress(FileNotFoundError):
+                folder.stat(name)
+                return False
+            os.rename(source, target, **where)
+        self.partial = None
+        return True
+
+    def same(self, folder, name):
+        """Generator: compare the partial with a file of the folder; the value is True for the same content."""
+        info = folder.stat(name)
+        if not stat.S_ISREG(info.st_mode) or info.st_size != self.length:
+            return False
+        with io.FileIO(folder.open(name, os.O_RDONLY), "rb") as other, \
+                io.FileIO(self.folder.open(self.partial, os.O_RDONLY), "rb") as mine:
+            return (yield from same_content(mine, other))
+
+
+class Storage:
+    """The two folders, and the rules for what goes in and out of them."""
+
+    def __init__(self, upload, download, overwrite=False, fsync=True, max_size=None):
+        self.upload, self.download = upload, download
+        self.overwrite, self.fsync, self.max_size = overwrite, fsync, max_size
+        self.claims = Claims()
+        self.renaming = threading.Lock()
+        self.digests = collections.OrderedDict()        # Download.identity(): SHA-256
+        self.next_sweep = 0
+
+    def open_download(self, name):
+        """Open a regular file of the download folder. Raises Refusal or OSError."""
+        *parents, last = split_name(name)
+        try:
+            with walk(self.download, parents) as folder:
+                fd = folder.open(last, os.O_RDONLY)
+        except NotADirectoryError:
+            raise NotFound("no such file") from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise NotAFile("not a file")
+            return Download(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def known_digest(self, download):
+        return self.digests.get(download.identity())
+
+    def remember_digest(self, download, sha256):
+        """Keep the digest of a file that hasn't changed lately, so that the next client's get is cheaper."""
+        if download.settled():
+            self.digests[download.identity()] = sha256
+            while len(self.digests) > DIGESTS:
+                self.digests.popitem(last=False)
+
+    def list(self, path, recursive):
+        """Generator: what the download folder holds under path; the value is the lines of the listing."""
+        lines, todo = [], [split_name(path) if path else []]
+        depth = len(todo[0])
+        while todo:
+            parts = todo.pop()
+            inside = []
+            with walk(self.download, parts) as folder:
+                for count, name in enumerate(folder.names()):
+                    if count % 1000 == 0:
+                        yield
+                    with contextlib.suppress(FileNotFoundError):        # removed meanwhile
+                        info = folder.stat(name)
+                        is_folder = stat.S_ISDIR(info.st_mode)
+                        if is_folder or stat.S_ISREG(info.st_mode):
+                            lines.append(encode({"name": "/".join(parts[depth:] + [name]), "mtime": info.st_mtime,
+                                                 "type": "dir" if is_folder else "file",
+                                                 "size": 0 if is_folder else info.st_size}))
+                        if is_folder and recursive:
+                            inside.append(parts + [name])
+            todo += reversed(inside)
+        return b"".join(lines)
+
+    def open_upload(self, name, size, ident, cut):
+        """Open the partial file for a put. cut() ends the caller's session, should a newer one want the id."""
+        parts = split_name(name)
+        if self.max_size is not None and size > self.max_size:
+            raise TooLarge("%d bytes, and at most %d are taken here" % (size, self.max_size))
+        self.check_target(parts)
+        if time.monotonic() > self.next_sweep:
+            self.sweep()
+        upload = Upload(self, parts, size, ident, cut)
+        if shutil.disk_usage(self.upload).free < size - upload.length:
+            upload.__exit__()
+            raise DiskFull("no room for %d bytes" % size)
+        return upload
+
+    def check_target(self, parts):
+        """Refuse before the payload what publish() would refuse after it."""
+        with contextlib.suppress(FileNotFoundError):    # publish() makes the folders
+            with walk(self.upload, parts[:-1]) as folder:
+                if HAS_DIR_FD and not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd):
+                    raise Denied("no right to write there")
+                if self.overwrite:
+                    self.check_replaceable(folder, parts[-1])
+
+    @staticmethod
+    def check_replaceable(folder, name):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(folder.stat(name).st_mode):
+                raise NotAFile("what has that name is not a file")
+
+    def sweep(self):
+        """Remove the partial files that nobody has touched for a day."""
+        self.next_sweep = time.monotonic() + SWEEP_EVERY
+        with Folder(self.upload) as root, root.inner(PARTIAL, make=True) as folder:
+            for name in folder.names():
+                with contextlib.suppress(OSError):      # gone meanwhile, or locked: under way
+                    if time.time() - folder.stat(name).st_mtime > PARTIAL_LIFE:
+                        with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
+                            lock(file.fileno())
+                            folder.unlink(name)
+
+
+# ==== Messages: one JSON object a line (no I/O) ==========================================================
+
+HEADER_LIMIT = 65536       # bytes of a header, its line end included
+SIZE_LIMIT = 1 << 63
+NESTING_LIMIT = 100
+NESTING = re.compile(rb"[\[{]")
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+HEX = re.compile("[0-9a-fA-F]{64}")
+
+
+class BadMessage(Exception):
+    """What arrived is not a message, or a field of it is not what it must be."""
+
+
+def parse_int(digits):
+    """int() for a few digits only: its time grows with their square."""
+    if len(digits) > 20:
+        raise BadMessage("a number of %d digits" % len(digits))
+    return int(digits)
+
+
+def refuse_constant(name):
+    raise BadMessage("%s is not JSON" % name)
+
+
+DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
+
+
+def encode(message):
+    """The line that stands for a message on the wire."""
+    return json.dumps(message).encode("ascii") + b"\n"
+
+
+def decode(line):
+    """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
+    if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
+        raise BadMessage("nested too deeply")       # the parser recurses, and a thread's stack is small
+    try:
+        message = DECODER.decode(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadMessage("not JSON: %s" % error) from None
+    if not isinstance(message, dict):
+        raise BadMessage("not a JSON object")
+    return message
+
+
+def is_size(value):
+    return type(value) is int and 0 <= value < SIZE_LIMIT       # bool is an int too, for isinstance()
+
+
+def is_time(value):
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 33    # to the year 2242
+
+
+def is_digest(value):
+    return value is None or isinstance(value, str) and HEX.fullmatch(value) is not None
+
+
+FIELDS = {                 # name: (what it must be, the check, what it is when it is left out; ... = it must be there)
+    "name": ("a string", lambda value: isinstance(value, str), ...),
+    "path": ("a string", lambda value: isinstance(value, str), ""),
+    "size": ("an integer from 0 to 2^63-1", is_size, ...),
+    "offset": ("an integer from 0 to 2^63-1", is_size, 0),
+    "mtime": ("a number of seconds", lambda value: value is None or is_time(value), None),
+    "id": ("64 hex digits", is_digest, None),
+    "sha256": ("64 hex digits", is_digest, None),
+    "verify": ("true or false", lambda value: isinstance(value, bool), True),
+    "recursive": ("true or false", lambda value: isinstance(value, bool), False),
+    "duplicate": ("true or false", lambda value: isinstance(value, bool), False),
+}
+
+
+def fields(message, *names):
+    """The values of a message's fields. Raises BadMessage where one is missing or not what it must be."""
+    values = []
+    for name in names:
+        kind, check, default = FIELDS[name]
+        value = message.get(name, default)
+        if value is ... or not check(value):
+            raise BadMessage("%r must be %s" % (name, kind))
+        values.append(value)
+    return values
+
+
+# ==== Classic messages: verb|name|number, without an end =================================================
+
+def parse_classic(data):
+    """Split a classic request into (verb, name, number); None while it is incomplete.
+
+    Raises BadMessage as soon as no further byte can make it a request."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)
+    except ValueError:
+        raise BadMessage("not UTF-8") from None
+    verb, bar, rest = text.partition("|")
+    if not bar and any(known.startswith(verb) for known in CLASSIC):
+        return None
+    name, bar, number = rest.partition("|")
+    sign = "-?" if verb == "get" else ""
+    if verb not in CLASSIC or len(data) > PATH_LIMIT + 64 or bar and not (name and re.fullmatch(sign + "[0-9]*", number)):
+        raise BadMessage("not a request")
+    if number in ("", "-"):
+        return None
+    return verb, name, parse_int(number) if verb == "put" else 0
+
+
+# ==== Waiting: two traps, and the wire built on them =====================================================
+
+@types.coroutine
+def ready(sock, event, timeout):
+    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds."""
+    yield sock, event, timeout
+
+
+@types.coroutine
+def may_block():
+    """Say that what comes next may keep its thread: file work. It may, until the next ready().
+
+    A thread of its own just goes on; the event loop hands the session to a worker thread meanwhile."""
+    yield None
+
+
+async def in_slices(work):
+    """Run a generator of file work to its end and return its value; at each yield others may go first."""
+    while True:
+        await may_block()
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+class Wire:
+    """A client's non-blocking socket, with the bytes read ahead and the answers not yet sent."""
+    __slots__ = ("sock", "timeout", "deadline", "ahead", "owed")
+
+    def __init__(self, sock, timeout):
+        self.sock, self.timeout = sock, timeout
+        self.deadline = math.inf    # time.monotonic() at which a header must be complete
+        self.ahead = bytearray()
+        self.owed = bytearray()
+
+    async def attempt(self, event, operation, *args):
+        """Wait until the socket is ready, then do the non-blocking operation.
+
+        It waits even where data is likely there: so one fast client can't keep the others from theirs.
+        Raises TimedOut, or Gone for any error of the socket."""
+        while True:
+            patience = min(self.timeout, self.deadline - time.monotonic())
+            try:
+                if patience <= 0:
+                    raise socket.timeout
+                await ready(self.sock, event, patience)
+                return operation(*args)
+            except (BlockingIOError, InterruptedError):
+                pass
+            except socket.timeout:
+                raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
+                               else "a header took longer than %g seconds" % HEADER_TIME) from None
+            except OSError as error:
+                raise Gone(error.strerror) from None
+
+    async def fill(self):
+        """Read more of the stream ahead, after all that is owed was sent. Raises Gone at its end."""
+        if self.owed:
+            await self.flush()
+        data = await self.attempt(READ, self.sock.recv, CHUNK)
+        if not data:
+            raise Gone("the client closed the connection")
+        self.ahead += data
+
+    async def peek(self):
+        """Wait for the next byte and return it unread."""
+        if not self.ahead:
+            await self.fill()
+        return self.ahead[:1]
+
+    async def read_line(self):
+        """Read one header, to be complete HEADER_TIME after its first byte. Raises BadRequest if too long."""
+        await self.peek()
+        self.deadline = time.monotonic() + HEADER_TIME
+        searched = 0
+        while True:
+            end = self.ahead.find(b"\n", searched, HEADER_LIMIT) + 1
+            if end:
+                self.deadline = math.inf
+                return self.take(end)
+            if len(self.ahead) >= HEADER_LIMIT:
+                raise closing(BadRequest("a header is longer than %d bytes" % HEADER_LIMIT))
+            searched = len(self.ahead)
+            await self.fill()
+
+    def take(self, count):
+        """Take count bytes, or as many as there are, of what was read ahead."""
+        data = bytes(self.ahead[:count])
+        del self.ahead[:count]
+        return data
+
+    async def read_into(self, view):
+        """Read at least one byte into view; how many."""
+        if self.ahead:
+            data = self.take(len(view))
+            view[:len(data)] = data
+            return len(data)
+        if self.owed:
+            await self.flush()
+        count = await self.attempt(READ, self.sock.recv_into, view)
+        if not count:
+            raise Gone("the client closed the connection")
+        return count
+
+    async def send(self, data):
+        """Send bytes, later if they are few: small answers travel together."""
+        if len(self.owed) + len(data) <= JOIN:
+            self.owed += data
+        else:
+            await self.flush()
+            await self.send_now(data)
+
+    async def flush(self):
+        """Send all that is owed."""
+        data, self.owed = self.owed, bytearray()
+        await self.send_now(data)
+
+    async def send_now(self, data):
+        view, sent = memoryview(data), 0
+        while sent < len(view):
+            sent += await self.attempt(WRITE, self.sock.send, view[sent:sent + SLICE])
+
+    async def send_from(self, file, offset, count):
+        """Send at most count bytes of a raw file from offset on by sendfile(2); how many, 0 behind its end."""
+        if self.owed:
+            await self.flush()
+        return await self.attempt(WRITE, os.sendfile, self.sock.fileno(), file.fileno(), offset, min(SLICE, count))
+
+    async def linger(self):
+        """Let the peer read the last answer before the socket goes: unread bytes would make that a reset."""
+        self.deadline = time.monotonic() + LINGER_TIME
+        await self.flush()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        while await self.attempt(READ, self.sock.recv, CHUNK):
+            pass
+
+
+# ==== Session: one client from hello to goodbye ===========================================================
+
+class Session:
+    """One client's conversation. All that is known about it is here, and nowhere on the server.
+
+    run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
+    __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "payload", "answering", "resumed", "__weakref__")
+
+    def __init__(self, service, sock, address, full):
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.service, self.storage = service, service.storage
+        self.wire = Wire(sock, min(service.timeout, HEADER_TIME) if full else service.timeout)
+        self.peer = address_text(address)
+        self.full = full            # one client too many: its first request is told so
+        self.framed = False         # the dialect of the last request
+        self.payload = None         # bytes of a put still to come before its last line; None: no put
+        self.answering = False      # between the first and the last line of an answer
+        self.resumed = None         # the Upload that a resume left open for the put to come
+
+    def cut(self):
+        """End the session from outside, from any thread: its next wait is over, as if the client had left."""
+        with contextlib.suppress(OSError):
+            self.wire.sock.shutdown(socket.SHUT_RDWR)
+
+    async def run(self):
+        """Serve the client until one of the two has enough."""
+        LOG.info("%s connected", self.peer)
+        try:
+            while await self.do_request():
+                pass
+            await self.wire.linger()
+        except (Gone, TimedOut) as why:
+            LOG.info("%s left: %s", self.peer, why)
+        finally:
+            self.drop_resumed()
+
+    async def do_request(self):
+        """Serve one request, whatever happens; True where the conversation can go on."""
+        self.payload, self.answering = None, False
+        try:
+            first = await self.wire.peek()
+            self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
+            await (self.do_framed() if self.framed else self.do_classic())
+            return True
+        except Refusal as refusal:
+            return await self.refuse(refusal)
+        except OSError as error:
+            return await self.refuse(refusal_of(error))
+        except (Gone, GeneratorExit):
+            raise
+        except Exception:           # a bug: it ends this session only
+            LOG.exception("%s bug", self.peer)
+            return await self.refuse(closing(Refusal("internal error")))
+
+    async def refuse(self, refusal):
+        """Tell the client why not; True where the conversation can go on."""
+        LOG.warning("%s refused: %s: %s", self.peer, refusal.code, refusal)
+        if self.answering or not self.framed:
+            if isinstance(refusal, TimedOut):
+                raise refusal       # a peer that doesn't read
+            return False            # no way to say it but to close before the end
+        await self.wire.send(encode({"ok": False, "code": refusal.code, "error": str(refusal)}))
+        if refusal.closes or self.payload is not None and self.payload > SKIP_LIMIT:
+            return False
+        if self.payload is not None:
+            await self.skip_payload()
+        return True
+
+    async def skip_payload(self):
+        """Read past what is still to come of a refused put."""
+        await self.wire.flush()
+        view = memoryview(bytearray(CHUNK))
+        while self.payload:
+            self.payload -= await self.wire.read_into(view[:self.payload])
+        await self.wire.read_line()
+
+    @contextlib.contextmanager
+    def logged(self, verb, name, file):
+        """Write one line about the transfer in the block, however it ends."""
+        start, result = time.monotonic(), "ok"
+        try:
+            yield
+        except BaseException as error:
+            result = "cut: the server stops" if isinstance(error, GeneratorExit) else "failed: %s" % error
+            raise
+        finally:
+            seconds = time.monotonic() - start
+            LOG.log(logging.INFO if result == "ok" else logging.WARNING, "%s %s %s %d bytes %.3f s %.1f MB/s %s",
+                    self.peer, verb, name, file.moved, seconds, file.moved / 1e6 / max(seconds, 1e-6), result)
+
+    # ---- framed ----
+
+    async def read_header(self):
+        """Read one message. Raises a BadRequest that closes for what is none: who knows where the next begins."""
+        try:
+            return decode(await self.wire.read_line())
+        except BadMessage as error:
+            raise closing(BadRequest(str(error))) from None
+
+    async def do_framed(self):
+        """Read one header and do what it asks."""
+        ask = await self.read_header()
+        if self.full:
+            raise closing(Busy("%d clients are served already: try again later" % self.service.max_clients))
+        command = COMMANDS.get(ask["cmd"]) if isinstance(ask.get("cmd"), str) else None
+        if command is None:
+            raise BadRequest("'cmd' must be one of: %s" % " ".join(COMMANDS))
+        try:
+            await command(self, ask)
+        except BadMessage as error:
+            raise BadRequest(str(error)) from None
+
+    async def reply(self, **message):
+        await self.wire.send(encode(dict(message, ok=True)))
+
+    async def do_hello(self, ask):
+        await self.reply(server="ftp_server", version=VERSION, mode=self.service.mode, protocol=2,
+                         max_size=self.storage.max_size)
+
+    async def do_ls(self, ask):
+        path, recursive = fields(ask, "path", "recursive")
+        try:
+            listing = await in_slices(self.storage.list(path, recursive))
+        except NotADirectoryError:
+            raise NotAFile("not a folder") from None
+        LOG.debug("%s ls %s %d bytes", self.peer, path or "/", len(listing))
+        await self.reply(size=len(listing))
+        self.answering = True
+        await self.wire.send(listing)
+
+    async def do_get(self, ask):
+        name, offset, sha256, verify = fields(ask, "name", "offset", "sha256", "verify")
+        await may_block()
+        with self.storage.open_download(name) as download, self.logged("get", name, download):
+            offset = await self.common_prefix(download, offset, sha256)
+            await self.reply(size=download.size, offset=offset, mtime=download.mtime)
+            self.answering = True
+            whole = await self.send_content(download, offset, download.size, verify)
+            self.answering = False
+            if download.changed():
+                raise Changed("the file changed while it was sent")
+            if whole:
+                self.storage.remember_digest(download, whole)
+            await self.reply(sha256=whole)
+
+    async def common_prefix(self, download, offset, sha256):
+        """offset, if the client's bytes up to there are ours too (their hash goes on in download.digest), else 0."""
+        if not offset or offset > download.size or not sha256:
+            return 0
+        known = self.storage.known_digest(download) if offset == download.size else None
+        if not known:
+            await in_slices(download.hash_prefix(offset))
+            known = download.digest.hexdigest()
+        if known == sha256.lower():
+            return offset
+        download.digest = None
+        return 0
+
+    async def send_content(self, download, offset, stop, verify):
+        """Send a file from offset to stop; the SHA-256 of the whole if wanted."""
+        known = self.storage.known_digest(download) if verify else None
+        digest = (download.digest or hashlib.sha256()) if verify and not known else None
+        if digest is None and stop - offset > JOIN and hasattr(os, "sendfile"):
+            while offset < stop:
+                sent = await self.wire.send_from(download.file, offset, stop - offset)
+                offset = download.advance(offset, sent)
+        else:
+            await self.send_read(download, offset, stop, digest)
+        return digest.hexdigest() if digest else known
+
+    async def send_read(self, download, offset, stop, digest):
+        """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
+        view = memoryview(bytearray(min(CHUNK, stop - offset)))
+        await may_block()
+        download.file.seek(offset)
+        while offset < stop:
+            await may_block()
+            count = download.file.readinto(view[:stop - offset])
+            offset = download.advance(offset, count)
+            if digest:
+                digest.update(view[:count])
+            await self.wire.send(view[:count])
+
+    async def do_resume(self, ask):
+        name, size, ident = fields(ask, "name", "size", "id")
+        if not ident:
+            raise BadMessage("'id' must be 64 hex digits")
+        self.drop_resumed()
+        await may_block()
+        self.resumed = upload = self.storage.open_upload(name, size, ident.lower(), self.cut)
+        if upload.length > size:
+            upload.cut_back(0)
+        await in_slices(upload.hash_prefix())
+        await self.reply(offset=upload.length, sha256=upload.digest.hexdigest())
+
+    def drop_resumed(self):
+        upload, self.resumed = self.resumed, None
+        if upload:
+            upload.__exit__()
+
+    async def do_put(self, ask):
+        try:
+            size, offset = fields(ask, "size", "offset")
+            if offset > size:
+                raise BadMessage("'offset' must not be larger than 'size'")
+        except BadMessage as error:
+            raise closing(BadRequest(str(error))) from None
+        self.payload = size - offset
+        name, ident, mtime, verify = fields(ask, "name", "id", "mtime", "verify")
+        if offset and not ident:
+            raise BadMessage("'offset' must be 0 without an 'id'")
+        await may_block()
+        with self.upload_of(name, size, ident and ident.lower()) as upload, self.logged("put", name, upload):
+            await self.go_on_at(upload, offset, verify)
+            await self.receive(upload)
+            last = await self.read_header()
+            self.payload = None
+            sha256, = fields(last, "sha256")
+            digest = upload.check(sha256)
+            stored, duplicate = await in_slices(upload.publish(mtime))
+        await self.reply(name=stored, size=size, sha256=digest, duplicate=duplicate)
+
+    def upload_of(self, name, size, ident):
+        """The Upload that a resume has left open, if it is this one, else a new one."""
+        upload = self.resumed
+        if upload and ident == upload.ident and size == upload.size and split_name(name) == upload.parts:
+            self.resumed = None
+            return upload
+        self.drop_resumed()
+        return self.storage.open_upload(name, size, ident, self.cut)
+
+    async def go_on_at(self, upload, offset, verify):
+        """Make the upload ready for the byte at offset."""
+        if offset > upload.length:
+            raise Mismatch("there are only %d bytes to go on from, not %d" % (upload.length, offset))
+        hashed = upload.digest is not None and offset == upload.length
+        upload.cut_back(offset)
+        if not verify:
+            upload.digest = None
+        elif not hashed:
+            await in_slices(upload.hash_prefix())
+
+    async def receive(self, upload):
+        """Move the payload from the wire into the upload."""
+        view, filled = memoryview(bytearray(min(CHUNK, self.payload))), 0
+        try:
+            while self.payload:
+                count = await self.wire.read_into(view[filled:filled + self.payload])
+                self.payload -= count
+                filled += count
+                if filled == len(view) or not self.payload:
+                    piece, filled = view[:filled], 0
+                    await may_block()
+                    upload.write(piece)
+        finally:
+            if filled:              # what came before a connection broke needn't come again
+                upload.write(view[:filled])
+
+    # ---- classic ----
+
+    async def do_classic(self):
+        """Read one classic request and do what it asks."""
+        verb, name, size = await self.read_classic()
+        if self.full:
+            raise Busy("%d clients are served already" % self.service.max_clients)
+        await CLASSIC[verb](self, name, size)
+
+    async def read_classic(self):
+        """Read a request that has no end: it is over when nothing more arrives for QUIET_TIME."""
+        give_up = time.monotonic() + HEADER_TIME
+        while True:
+            try:
+                request = parse_classic(self.wire.ahead)
+            except BadMessage as error:
+                raise BadRequest(str(error)) from None
+            self.wire.deadline = min(give_up, time.monotonic() + QUIET_TIME) if request else give_up
+            try:
+                await self.wire.fill()
+            except TimedOut:
+                if not request or time.monotonic() > give_up:
+                    raise
+                self.wire.deadline = math.inf
+                self.wire.ahead.clear()
+                return request
+
+    async def classic_put(self, name, size):
+        await may_block()
+        with self.storage.open_upload(name, size, None, self.cut) as upload, self.logged("put", name, upload):
+            self.payload = size
+            await self.wire.send(b"OK")
+            await self.receive(upload)
+            await in_slices(upload.publish())
+
+    async def classic_get(self, name, size):
+        await may_block()
+        try:
+            download = self.storage.open_download(name)
+        except (Refusal, OSError) as error:
+            LOG.warning("%s get %s refused: %s", self.peer, name, error)
+            return await self.wire.send(b"NO|0")
+        with download, self.logged("get", name, download):
+            await self.wire.send(b"YES|%d" % download.size)
+            await self.expect(b"second_active")
+            last = max(0, download.size - 1)        # the last byte is held back until it is sure that all fit together
+            await self.send_content(download, 0, last, verify=False)
+            await may_block()
+            download.file.seek(last)
+            end = download.file.read(download.size - last)
+            if len(end) < download.size - last or download.changed():
+                raise Changed("the file changed while it was sent")
+            await self.wire.send(end)
+            download.moved += len(end)
+
+    async def expect(self, text):
+        """Read the given bytes. Raises BadRequest as soon as something else comes."""
+        for byte in text:
+            if (await self.wire.peek())[0] != byte:
+                raise BadRequest("%r expected" % text)
+            self.wire.take(1)
+
+
+COMMANDS = {"hello": Session.do_hello, "ls": Session.do_ls, "get": Session.do_get, "resume": Session.do_resume,
+            "put": Session.do_put}
+CLASSIC = {"put": Session.classic_put, "get": Session.classic_get}
+
+
+class Service:
+    """What the sessions of a server share, whichever way they are run."""
+
+    def __init__(self, mode, storage, timeout, max_clients):
+        self.mode, self.storage, self.timeout, self.max_clients = mode, storage, timeout, max_clients
+        self.stopping = False
+        self.sessions = set()
+        self.left = threading.Condition()           # guards sessions; notified when one ends
+        self.reserve = os.open(os.devnull, os.O_RDONLY)
+
+    def welcome(self, sock, address):
+        """A new Session for a connection."""
+        with self.left:
+            session = Session(self, sock, address, len(self.sessions) >= self.max_clients)
+            self.sessions.add(session)
+        if self.stopping:
+            session.cut()
+        return session
+
+    def farewell(self, session):
+        with self.left:
+            self.sessions.discard(session)
+            self.left.notify_all()
+
+    def cut_all(self):
+        with self.left:
+            for session in self.sessions:
+                session.cut()
+
+    def accept(self, listener):
+        """Accept a connection: (socket, address), or None.
+
+        Out of descriptors, accept() fails at once and forever: the one kept in reserve lets us tell the client."""
+        try:
+            return listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            return None
+        except OSError as error:
+            LOG.error("can't take a new client: %s", error.strerror)
+        if self.reserve is None:
+            time.sleep(0.05)
+        else:
+            os.close(self.reserve)
+            with contextlib.suppress(OSError):
+                turn_away(listener.accept()[0])
+        self.reserve = None
+        with contextlib.suppress(OSError):
+            self.reserve = os.open(os.devnull, os.O_RDONLY)
+        return None
+
+
+def turn_away(sock):
+    """Tell a client that there is no room for it, as far as that goes without waiting, and close."""
+    with sock, contextlib.suppress(OSError):
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.recv(CHUNK)                        # unread bytes would turn the close into a reset
+        sock.send(encode({"ok": False, "code": Busy.code, "error": "the server has no room left: try again later"}))
+        sock.shutdown(socket.SHUT_WR)
+
+
+def tune_listener(sock, host_is_any):
+    """Set what both backends want of their listening socket, before it is bound."""
+    if os.name == "nt":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)   # SO_REUSEADDR would share the port
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if host_is_any and sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)         # "::" is everybody, IPv4 too
+
+
+# ==== Backend: socketserver, a thread for each client =====================================================
+
+if hasattr(select, "poll"):
+    def wait_for(sock, event, timeout):
+        """Wait until one socket is ready; False after timeout seconds."""
+        poller = select.poll()
+        poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
+        return bool(poller.poll(timeout * 1000))
+else:
+    def wait_for(sock, event, timeout):
+        """Wait until one socket is ready; False after timeout seconds."""
+        socks = [sock]
+        return any(select.select(socks if event == READ else [], socks if event == WRITE else [], socks, timeout))
+
+
+class FtpHandler(socketserver.BaseRequestHandler):
+    """The communication loop: drives one session in the thread that socketserver made for it."""
+
+    def handle(self):
+        service = self.server.service
+        session = service.welcome(self.request, self.client_address)
+        steps = session.run()
+        try:
+            wait = steps.send(None)
+            while True:
+                if wait is None or wait_for(*wait):         # None: what comes may block; a thread may
+                    wait = steps.send(None)
+                else:
+                    wait = steps.throw(socket.timeout())
+        except StopIteration:
+            pass
+        finally:
+            steps.close()
+            service.farewell(session)
+
+
+class Stopped(Exception):
+    """Raised in the link loop to leave it."""
+
+
+class ThreadFtpServer(socketserver.ThreadingTCPServer):
+    """The link loop: accepts connections and starts a thread with a handler for each."""
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+    def __init__(self, service, family, address):
+        self.service, self.address_family = service, family
+        threading.stack_size(256 << 10)
+        super().__init__(address, FtpHandler)
+
+    def server_bind(self):
+        tune_listener(self.socket, self.server_address[0] == "::")
+        super().server_bind()
+
+    def get_request(self):
+        taken = self.service.accept(self.socket)
+        if taken is None:
+            raise OSError("no connection")                  # socketserver goes on with the next
+        return taken
+
+    def process_request(self, request, client_address):
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:                       # no thread to be had
+            LOG.error("can't serve %s: %s", address_text(client_address), error)
+            turn_away(request)
+
+    def service_actions(self):
+        if self.service.stopping:
+            raise Stopped
+
+    def serve_forever(self, poll_interval=TICK):
+        with contextlib.suppress(Stopped):
+            super().serve_forever(poll_interval)
+
+    def stop(self):
+        """End all sessions; False where some didn't end in time."""
+        self.server_close()
+        self.service.cut_all()
+        with self.service.left:
+            return self.service.left.wait_for(lambda: not self.service.sessions, STOP_TIME)
+
+
+# ==== Backend: selectors, all clients in one loop =========================================================
+
+class Workers:
+    """Threads for what would block the loop: as many as are busy at once, up to a limit."""
+
+    def __init__(self, limit):
+        self.limit, self.threads, self.idle = limit, 0, 0
+        self.lock = threading.Lock()
+        self.jobs = queue.Queue()
+
+    def submit(self, function, argument):
+        with self.lock:
+            start = self.jobs.qsize() >= self.idle and self.threads < self.limit
+            self.threads += start
+            self.jobs.put((function, argument))
+        if start:
+            try:
+                threading.Thread(target=self.work, daemon=True).start()
+            except RuntimeError:                            # no thread to be had: those there are will do it
+                self.threads -= 1
+                if not self.threads:
+                    raise
+
+    def work(self):
+        while True:
+            with self.lock:
+                self.idle += 1
+            function, argument = self.jobs.get()
+            with self.lock:
+                self.idle -= 1
+            function(argument)
+
+
+class Task:
+    """A session in the loop: its coroutine, and what that waits for."""
+    __slots__ = ("session", "steps", "sock", "event", "away", "deadline", "alarm")
+
+    def __init__(self, session, sock):
+        self.session, self.steps, self.sock = session, session.run(), sock
+        self.event = 0              # what sock is registered for; 0: it is not
+        self.away = False           # a worker has it
+        self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
+        self.alarm = math.inf       # when the loop looks at that, at the latest
+
+    def advance(self, error=None):
+        """Run the session to its next wait and return that, or "done"."""
+        try:
+            return self.steps.throw(error) if error else self.steps.send(None)
+        except StopIteration:
+            return "done"
+
+
+class SelectFtpServer:
+    """One loop that waits for all sockets at once and lets the session of each that is ready go on."""
+
+    def __init__(self, service, family, address):
+        self.service = service
+        self.dic = {}               # connection: its Task, and of no other
+        self.sel = selectors.DefaultSelector()
+        self.workers = Workers(WORKERS)
+        self.back = collections.deque()             # (Task, its next wait) from the workers
+        self.alarms, self.tickets = [], itertools.count()
+        self.create_socket(family, address)
+
+    def create_socket(self, family, address):
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        tune_listener(self.socket, address[0] == "::")
+        self.socket.bind(address)
+        self.socket.listen(BACKLOG)
+        self.socket.setblocking(False)
+        self.server_address = self.socket.getsockname()
+        self.sel.register(self.socket, READ, self.accept)
+        self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop
+        self.bell.setblocking(False)
+        self.button.setblocking(False)
+        self.sel.register(self.bell, READ, self.take_back)
+
+    def serve_forever(self):
+        while not self.service.stopping:
+            self.turn()
+
+    def turn(self):
+        """Wait for events and call the callback of each."""
+        patience = self.alarms[0][0] - time.monotonic() if self.alarms else TICK
+        events = self.sel.select(min(TICK, max(0, patience)))
+        for key, mask in events:
+            callback = key.data
+            callback(key.fileobj, mask)
+        self.expire()
+
+    def accept(self, sock, mask):
+        """Callback of the listening socket."""
+        taken = self.service.accept(sock)
+        if taken:
+            conn, address = taken
+            self.dic[conn] = task = Task(self.service.welcome(conn, address), conn)
+            self.wait(task, task.advance())
+
+    def resume(self, conn, mask):
+        """Callback of a client's socket: its session goes on to its next wait."""
+        task = self.dic.get(conn)
+        if task is None:            # ended by what came before it in this turn
+            return
+        if task.away:               # not now: a worker has the session
+            self.sel.unregister(conn)
+            task.event = 0
+        else:
+            self.wait(task, task.advance())
+
+    def wait(self, task, wait):
+        """Note what a session waits for: a worker (None), a socket, or nothing any more."""
+        task.deadline = math.inf
+        if wait is None:
+            task.away = True
+            self.workers.submit(self.work, task)
+        elif wait == "done":
+            self.close(task)
+        else:
+            sock, event, timeout = wait
+            if not task.event:
+                self.sel.register(sock, event, self.resume)
+            elif task.event != event:
+                self.sel.modify(sock, event, self.resume)
+            task.event = event
+            task.deadline = time.monotonic() + timeout
+            self.set_alarm(task)
+
+    def work(self, task):
+        """In a worker: run a session that may block, until it waits for its socket."""
+        wait = task.advance()
+        while wait is None and not self.workers.jobs.qsize():
+            wait = task.advance()
+        if wait is None:            # others want a worker too: to the end of the queue
+            return self.workers.submit(self.work, task)
+        self.back.append((task, wait))
+        with contextlib.suppress(BlockingIOError):          # full: the loop will wake anyway
+            self.button.send(b"!")
+
+    def take_back(self, sock, mask):
+        """Callback of the bell: sessions come back from the workers."""
+        sock.recv(CHUNK)
+        while self.back:
+            task, wait = self.back.popleft()
+            task.away = False
+            self.wait(task, wait)
+
+    def set_alarm(self, task):
+        """See to it that expire() looks at task when its deadline comes. An alarm that is early enough serves again."""
+        if task.deadline < task.alarm:
+            task.alarm = task.deadline
+            heapq.heappush(self.alarms, (task.alarm, next(self.tickets), task))
+
+    def expire(self):
+        """Wake the sessions whose wait is over without their socket being ready."""
+        now = time.monotonic()
+        while self.alarms and self.alarms[0][0] <= now:
+            alarm, _, task = heapq.heappop(self.alarms)
+            if alarm == task.alarm:                         # else an earlier one has replaced it
+                task.alarm = math.inf
+                if task.deadline <= now:
+                    self.wait(task, task.advance(socket.timeout()))
+                elif task.deadline < math.inf:
+                    self.set_alarm(task)
+
+    def close(self, task):
+        conn = task.sock
+        if task.event:
+            self.sel.unregister(conn)
+        del self.dic[conn]
+        conn.close()
+        self.service.farewell(task.session)
+
+    def stop(self):
+        """End all sessions; False where some didn't end in time."""
+        self.sel.unregister(self.socket)
+        self.socket.close()
+        self.service.cut_all()
+        give_up = time.monotonic() + STOP_TIME
+        while self.dic and time.monotonic() < give_up:
+            self.turn()
+        return not self.dic
+
+
+MODES = {"selectors": SelectFtpServer, "socketserver": ThreadFtpServer}
+
+
+# ==== Command line ========================================================================================
+
+def printable(text):
+    """The text with all that could command a terminal escaped."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+class OneLine(logging.Formatter):
+    """An event, a line; nothing that a peer has sent reaches the terminal raw."""
+
+    def format(self, record):
+        return printable(super().format(record))
+
+
+def say(text, stream=None):
+    """Print a line, also where the terminal's encoding lacks its characters."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "ascii"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def address_text(address):
+    """HOST:PORT, an IPv6 host in brackets."""
+    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
+
+
+def size(text):
+    """A number of bytes, as 500, 64K, 10M or 2G."""
+    match = re.fullmatch("([0-9]{1,12})([KMGT]?)", text.upper())
+    if not match:
+        raise argparse.ArgumentTypeError("%r is not a size like 500, 64K, 10M or 2G" % text)
+    return int(match.group(1)) << 10 * " KMGT".index(match.group(2) or " ")
+
+
+def seconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError("%r is not a number of seconds above 0" % text)
+    return value
+
+
+def port(text):
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("%r is not a port: 0 to 65535, 0 for any that is free" % text)
+    return int(text)
+
+
+def count(text):
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError("%r is not a number above 0" % text)
+    return int(text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="ftp_server.py", description="Store what clients put, serve what they get.")
+    add = parser.add_argument
+    add("host", nargs="?", default="127.0.0.1", metavar="HOST", help="address to listen on; 0.0.0.0: all (default: %(default)s)")
+    add("port", nargs="?", default=PORT, type=port, metavar="PORT", help="0 for any that is free (default: %(default)s)")
+    add("--mode", choices=sorted(MODES), default="selectors", help="one event loop, or a thread for each client (default: %(default)s)")
+    add("--root", metavar="DIR", help="folder that holds upload/ and download/ (default: the folder of this script)")
+    add("--upload", metavar="DIR", help="where put stores (default: upload in the root)")
+    add("--download", metavar="DIR", help="what get and ls serve (default: download in the root)")
+    add("--overwrite", action="store_true", help="an upload replaces a file of its name (default: both are kept)")
+    add("--max-clients", type=count, metavar="N", default=10000, help="default: %(default)s")
+    add("--max-size", type=size, metavar="SIZE", help="largest upload: 500, 64K, 10M, 2G")
+    add("--timeout", type=seconds, metavar="SECONDS", default=60, help="until an idle client is dropped (default: %(default)s)")
+    add("--no-fsync", action="store_true", help="don't wait for the disk: faster, and a power cut may take what was stored")
+    add("--log-file", metavar="FILE", help="write the log there too")
+    add("-v", "--verbose", action="store_true", help="log listings too")
+    add("-q", "--quiet", action="store_true", help="log problems only")
+    add("--version", action="version", version="ftp_server.py " + VERSION)
+    return parser.parse_args(argv)
+
+
+class Unusable(Exception):
+    """What the command line names can't be used; str() is the line to print."""
+
+
+def find_folder(given, root, name):
+    """The folder that an option names, which must exist, or the one in the root, which is made."""
+    path = os.path.abspath(given or os.path.join(root, name))
+    try:
+        if not given:
+            os.makedirs(path, exist_ok=True)
+        os.listdir(path)
+    except OSError as error:
+        raise Unusable("can't use the folder %s: %s" % (path, error.strerror))
+    return path
+
+
+def open_server(options):
+    """The server that the options ask for, bound to its port. Raises Unusable."""
+    root = find_folder(options.root or os.path.dirname(os.path.abspath(__file__)), "", "")
+    storage = Storage(find_folder(options.upload, root, "upload"), find_folder(options.download, root, "download"),
+                      options.overwrite, not options.no_fsync, options.max_size)
+    try:
+        storage.sweep()
+    except OSError as error:
+        raise Unusable("can't store in %s: %s" % (storage.upload, error.strerror))
+    service = Service(options.mode, storage, options.timeout, options.max_clients)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM,
+                                                      flags=socket.AI_PASSIVE)[0]
+        return MODES[options.mode](service, family, address)
+    except (OSError, UnicodeError) as error:
+        hint = {errno.EADDRINUSE: "is another server running? Name another port, or 0 for any that is free",
+                errno.EACCES: "ports below 1024 need more rights: name a higher one"}.get(getattr(error, "errno", 0), "check HOST and PORT")
+        raise Unusable("can't listen on %s port %d: %s (%s)" % (options.host, options.port,
+                                                               getattr(error, "strerror", None) or error, hint))
+
+
+def raise_descriptor_limit():
+    """Allow as many open files and sockets as the system lets us."""
+    if resource:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):      # macOS says unlimited and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def set_up_log(options):
+    handlers = [logging.StreamHandler()]
+    if options.log_file:
+        try:
+            handlers.append(logging.StreamHandler(open(options.log_file, "a", encoding="utf-8", errors="backslashreplace")))
+        except OSError as error:
+            raise Unusable("can't write the log to %s: %s" % (options.log_file, error.strerror))
+    for handler in handlers:
+        handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+        LOG.addHandler(handler)
+    LOG.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+    logging.raiseExceptions = False                         # a closed terminal must not end transfers
+
+
+def own_addresses(family):
+    """This machine's addresses, as others may see them."""
+    found = []
+    with contextlib.suppress(OSError):
+        found += [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
+    for kind, anywhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect((anywhere, 9))                    # sends nothing: it only picks the way out
+            found.append(probe.getsockname()[0])
+    usable = [a for a in found if not a.startswith(("127.", "::1", "fe80")) and (family == socket.AF_INET6 or ":" not in a)]
+    return list(dict.fromkeys(usable)) or ["127.0.0.1"]
+
+
+def print_banner(server):
+    """Tell on stdout where the server listens, what it serves and what to type on the other machine."""
+    host, port_number = server.server_address[:2]
+    storage = server.service.storage
+    say("listening on %s (%s)" % (address_text(server.server_address), server.service.mode))
+    say("  put stores into   %s" % storage.upload)
+    say("  get serves from   %s" % storage.download)
+    for address in own_addresses(server.socket.family) if host in ("0.0.0.0", "::") else [host]:
+        say("  on the other machine:  python ftp_client.py %s %d" % (address, port_number))
+    if not host.startswith("127.") and host != "::1":
+        say("  whoever reaches this port can read the second folder and add to the first: no password, no encryption")
+
+
+def main(argv=None):
+    options = parse_args(argv)
+    try:
+        set_up_log(options)
+        raise_descriptor_limit()
+        server = open_server(options)
+    except Unusable as error:
+        say("ftp_server.py: %s" % error, sys.stderr)
+        return 1
+
+    def stop(signal_number, frame):
+        server.service.stopping = True
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), stop)
+    print_banner(server)
+    server.serve_forever()
+    if not server.stop():           # a thread hangs on a disk: leave without it
+        LOG.warning("stopped; what was under way goes on as partial files")
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
