@@ -14,6 +14,7 @@ The protocol, over TCP. The first byte of a request tells the dialect: "{" is fr
         resume  name size id                        -> offset sha256: what is here of a broken put
         put     name size offset id mtime           -> name size sha256 duplicate
                 then the bytes, then {"sha256": …}
+        mkdir   name                                -> name: an empty folder, that no file would bring along
         whatever fails                              -> {"ok": false, "code": …, "error": …}
     classic  put|name|size  -> OK, then the bytes   (no answer)
              get|name|0     -> YES|size or NO|0;  second_active -> the bytes
@@ -633,6 +634,11 @@ class Storage:
                 if self.overwrite:
                     self.check_replaceable(folder, parts[-1])
 
+    def make_folder(self, name):
+        """Make a folder in the upload folder; one that is there already is as good."""
+        with walk(self.upload, split_name(name), make=True, sync=self.fsync):
+            pass
+
     @staticmethod
     def check_replaceable(folder, name):
         with contextlib.suppress(FileNotFoundError):
@@ -1081,6 +1087,13 @@ class Session:
                 digest.update(view[:count])
             await self.wire.send(view[:count])
 
+    async def do_mkdir(self, ask):
+        name, = fields(ask, "name")
+        await may_block()
+        self.storage.make_folder(name)
+        LOG.info("%s mkdir %s ok", self.peer, name)
+        await self.reply(name=name)
+
     async def do_resume(self, ask):
         name, size, ident = fields(ask, "name", "size", "id")
         if not ident:
@@ -1220,7 +1233,7 @@ class Session:
 
 
 COMMANDS = {"hello": Session.do_hello, "ls": Session.do_ls, "get": Session.do_get, "resume": Session.do_resume,
-            "put": Session.do_put}
+            "put": Session.do_put, "mkdir": Session.do_mkdir}
 CLASSIC = {"put": Session.classic_put, "get": Session.classic_get}
 
 

@@ -1,0 +1,1492 @@
+#!/usr/bin/env python3
+"""Move files to and from an ftp_server.py, one after another or whole folders.
+
+    python ftp_client.py HOST PORT                    the >>> prompt; help tells its commands
+    python ftp_client.py HOST PORT put a.txt *.pdf    one command, then the exit code says how it went
+    python ftp_client.py HOST PORT get -r handouts    a folder with all that is in it
+
+A file is sent or fetched under a partial name, hashed end to end (SHA-256), flushed to disk and only then
+given its name; what breaks goes on where it broke, after a check that what is there already is the same.
+
+Reading order: messages (what both scripts agree on), the link (one connection), local files, the jobs
+(one file each, a put or a get), the client (many jobs over one connection that may break), progress bar,
+prompt, command line. All sockets here simply block, with a time limit: compare the server.
+"""
+import argparse
+import collections
+import contextlib
+import errno
+import fnmatch
+import getopt
+import glob
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import select
+import shlex
+import socket
+import stat
+import subprocess
+import sys
+import time
+import unicodedata
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+VERSION = "1.0"
+PORT = 8885                # the original's
+CHUNK = 1 << 18            # bytes read from a file or a socket at a time
+JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
+SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
+WINDOW = 128               # requests sent before the first is answered, at most
+HEADER_TIME = 10           # seconds from a header's first byte to its last
+HASH_RATE = 5e6            # bytes a second that a server hashes at least: so long we wait for its answer
+FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a broken connection
+QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
+PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
+NAME_LIMIT = 255           # bytes of one part of a name
+PATH_LIMIT = 4096          # bytes of a whole name
+BAR_TIME = 0.1             # seconds between two looks of the progress bar
+
+
+# ==== Errors ==========================================================================================
+
+class Refusal(Exception):
+    """The server, or a check before it, says no to one file; the next may go well."""
+
+    def __init__(self, text, code="refused"):
+        super().__init__(text)
+        self.code = code
+
+
+class BadName(Refusal):
+    """A name that neither side may use."""
+
+
+class Failed(Exception):
+    """One file can't be sent or stored here; str() says why."""
+
+
+class Broken(Exception):
+    """The connection broke, or the other side is silent: it may be taken up again."""
+
+
+class HungUp(Broken):
+    """The other side closed the connection."""
+
+
+class Unreachable(Exception):
+    """There is no connection to be had; str() says what to check."""
+
+
+# ==== Names: the same rules as the server's ===========================================================
+
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
+WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
+
+
+def split_name(name):
+    """Check a name that came over the wire and return its parts. Raises BadName."""
+    if UNSAFE.search(name):
+        raise BadName("a name may not hold a backslash or a control character")
+    if len(name.encode("utf-8")) > PATH_LIMIT:
+        raise BadName("the name is longer than %d bytes" % PATH_LIMIT)
+    parts = name.split("/")
+    for part in parts:
+        if part in ("", ".", "..") or part.casefold() == PARTIAL:
+            raise BadName("a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
+        if len(part.encode("utf-8")) > NAME_LIMIT:
+            raise BadName("a part of the name is longer than %d bytes" % NAME_LIMIT)
+    return [storable(part) for part in parts]
+
+
+def storable(part, windows=os.name == "nt"):
+    """The part as this system can hold it: what Windows forbids becomes "_"."""
+    if not windows:
+        return part
+    return WINDOWS_DEVICE.sub(r"\1_", WINDOWS_UNSAFE.sub("_", part), 1) if WINDOWS_DEVICE.match(part) \
+        else WINDOWS_UNSAFE.sub("_", part)
+
+
+def to_disk(part):
+    """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
+    return part if os.name == "nt" else os.fsdecode(part.encode("utf-8"))
+
+
+def from_disk(name):
+    """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
+    return name if os.name == "nt" else os.fsencode(name).decode("utf-8")
+
+
+def numbered(name):
+    """Yield name.ext, name-2.ext, name-3.ext and so on, none longer than a part may be."""
+    yield name
+    stem, extension = os.path.splitext(name)
+    if len(extension.encode("utf-8")) > NAME_LIMIT // 2:
+        stem, extension = name, ""
+    for number in itertools.count(2):
+        end = "-%d%s" % (number, extension)
+        yield stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
+
+
+# ==== Messages: one JSON object a line (no I/O) ==========================================================
+
+HEADER_LIMIT = 65536       # bytes of a header, its line end included
+SIZE_LIMIT = 1 << 63
+NESTING_LIMIT = 100
+NESTING = re.compile(rb"[\[{]")
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+HEX = re.compile("[0-9a-fA-F]{64}")
+
+
+class BadMessage(Exception):
+    """What arrived is not a message, or a field of it is not what it must be."""
+
+
+def parse_int(digits):
+    """int() for a few digits only: its time grows with their square."""
+    if len(digits) > 20:
+        raise BadMessage("a number of %d digits" % len(digits))
+    return int(digits)
+
+
+def refuse_constant(name):
+    raise BadMessage("%s is not JSON" % name)
+
+
+DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
+
+
+def encode(message):
+    """The line that stands for a message on the wire."""
+    return json.dumps(message).encode("ascii") + b"\n"
+
+
+def decode(line):
+    """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
+    if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
+        raise BadMessage("nested too deeply")       # the parser recurses, and a thread's stack is small
+    try:
+        message = DECODER.decode(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadMessage("not JSON: %s" % error) from None
+    if not isinstance(message, dict):
+        raise BadMessage("not a JSON object")
+    return message
+
+
+def is_size(value):
+    return type(value) is int and 0 <= value < SIZE_LIMIT       # bool is an int too, for isinstance()
+
+
+def is_time(value):
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 33    # to the year 2242
+
+
+def is_digest(value):
+    return value is None or isinstance(value, str) and HEX.fullmatch(value) is not None
+
+
+FIELDS = {                 # name: (what it must be, the check, what it is when it is left out; ... = it must be there)
+    "name": ("a string", lambda value: isinstance(value, str), ...),
+    "path": ("a string", lambda value: isinstance(value, str), ""),
+    "size": ("an integer from 0 to 2^63-1", is_size, ...),
+    "offset": ("an integer from 0 to 2^63-1", is_size, 0),
+    "mtime": ("a number of seconds", lambda value: value is None or is_time(value), None),
+    "id": ("64 hex digits", is_digest, None),
+    "sha256": ("64 hex digits", is_digest, None),
+    "verify": ("true or false", lambda value: isinstance(value, bool), True),
+    "recursive": ("true or false", lambda value: isinstance(value, bool), False),
+    "duplicate": ("true or false", lambda value: isinstance(value, bool), False),
+}
+
+
+def fields(message, *names):
+    """The values of a message's fields. Raises BadMessage where one is missing or not what it must be."""
+    values = []
+    for name in names:
+        kind, check, default = FIELDS[name]
+        value = message.get(name, default)
+        if value is ... or not check(value):
+            raise BadMessage("%r must be %s" % (name, kind))
+        values.append(value)
+    return values
+
+
+# ==== Link: one connection ==============================================================================
+
+class Link:
+    """A connected socket that blocks, but no wait takes longer than timeout seconds. Raises Broken."""
+
+    def __init__(self, sock, timeout, explain=None):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock, self.timeout, self.explain = sock, timeout, explain
+        self.ahead = bytearray()    # read, not used yet
+        self.owed = bytearray()     # not sent yet
+
+    @contextlib.contextmanager
+    def waiting(self, seconds=None):
+        """A time limit for the block, and Broken for whatever the socket raises in it."""
+        try:
+            self.sock.settimeout(max(0.001, self.timeout if seconds is None else seconds))
+            yield
+        except socket.timeout:
+            raise Broken("nothing moved for %g seconds" % self.timeout) from None
+        except ConnectionError as error:
+            raise HungUp(error.strerror) from None
+        except OSError as error:
+            raise Broken(error.strerror or str(error)) from None
+
+    def close(self):
+        self.sock.close()
+
+    def send(self, data):
+        """Send bytes, later if they are few: small requests travel together."""
+        if len(self.owed) + len(data) > JOIN:
+            self.flush()
+        if len(data) > JOIN:
+            with self.waiting():
+                self.sock.sendall(data)
+        else:
+            self.owed += data
+
+    def flush(self):
+        data, self.owed = self.owed, bytearray()
+        if data:
+            with self.waiting():
+                self.sock.sendall(data)
+
+    def request(self, **message):
+        if self.explain:
+            self.explain("->", json.dumps(message))
+        self.send(encode(message))
+
+    def fill(self, seconds=None):
+        """Read more of the stream ahead, after all that is owed was sent."""
+        self.flush()
+        with self.waiting(seconds):
+            data = self.sock.recv(CHUNK)
+        if not data:
+            raise HungUp("the server closed the connection")
+        self.ahead += data
+
+    def read_line(self, patience=0):
+        """Read one header: its first byte within timeout + patience seconds, the rest within HEADER_TIME."""
+        if not self.ahead:
+            self.fill(self.timeout + patience)
+        limit, searched = time.monotonic() + HEADER_TIME, 0
+        while True:
+            end = self.ahead.find(b"\n", searched, HEADER_LIMIT) + 1
+            if end:
+                return self.take(end)
+            if len(self.ahead) >= HEADER_LIMIT:
+                raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
+            searched = len(self.ahead)
+            self.fill(min(self.timeout, limit - time.monotonic()))
+
+    def take(self, count):
+        """Take count bytes, or as many as there are, of what was read ahead."""
+        data = bytes(self.ahead[:count])
+        del self.ahead[:count]
+        return data
+
+    def answer(self, patience=0):
+        """Read one answer. Raises Refusal where the server says no."""
+        message = decode(self.read_line(patience))
+        if self.explain:
+            self.explain("<-", json.dumps(message))
+        if message.get("ok") is True:
+            return message
+        code, text = message.get("code"), message.get("error")
+        if message.get("ok") is not False or not isinstance(code, str) or not isinstance(text, str):
+            raise BadMessage("neither an answer nor an error")
+        if code == "timeout":
+            raise Broken(text)
+        raise Refusal("%s (%s)" % (text, code), code)
+
+    def read_into(self, view):
+        """Read at least one byte into view; how many."""
+        if self.ahead:
+            data = self.take(len(view))
+            view[:len(data)] = data
+            return len(data)
+        self.flush()
+        with self.waiting():
+            count = self.sock.recv_into(view)
+        if not count:
+            raise HungUp("the server closed the connection")
+        return count
+
+    def answered(self):
+        """Tell whether the server has said something already, or has closed."""
+        return bool(self.ahead) or bool(wait_readable(self.sock, 0))
+
+
+def wait_readable(sock, seconds):
+    """Tell whether sock has bytes, or its end, to read within some seconds."""
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+    return bool(select.select([sock], [], [], seconds)[0])
+
+
+# ==== Local files =======================================================================================
+
+OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
+
+
+def open_source(path):
+    """Open a regular file for reading; the raw file. Raises Failed."""
+    try:
+        file = io.FileIO(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
+    except OSError as error:
+        raise Failed("not a file (put -r sends folders)" if os.path.isdir(path) else error.strerror)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Failed("not a regular file")
+    return file
+
+
+def state(file):
+    """What changes when somebody writes to an open file."""
+    info = os.fstat(file.fileno())
+    return info.st_size, info.st_mtime_ns
+
+
+def hash_file(file, length, digest=None):
+    """SHA-256 of the first length bytes of a raw file, which is left behind them. Raises Failed if it is shorter."""
+    digest = digest or hashlib.sha256()
+    file.seek(0)
+    view = memoryview(bytearray(min(length, CHUNK)))
+    while length:
+        count = file.readinto(view[:length])
+        if not count:
+            raise Failed("the file shrank while it was read")
+        digest.update(view[:count])
+        length -= count
+    return digest
+
+
+def write_all(file, view):
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def same_content(one, other):
+    """Tell whether two files hold the same bytes."""
+    with contextlib.suppress(OSError), open(one, "rb") as first, open(other, "rb") as second:
+        if not stat.S_ISREG(os.fstat(second.fileno()).st_mode) or os.path.getsize(one) != os.path.getsize(other):
+            return False
+        while True:
+            data = first.read(CHUNK)
+            if data != second.read(CHUNK):
+                return False
+            if not data:
+                return True
+    return False
+
+
+class Target:
+    """A file on its way in: a hidden partial file beside it, to which publish() gives the final name."""
+
+    def __init__(self, path):
+        self.path = path
+        self.folder, name = os.path.split(path)
+        room = NAME_LIMIT - len("." + PARTIAL)
+        self.partial = os.path.join(self.folder, "." + to_disk(from_disk(name).encode("utf-8")[:room].decode("utf-8", "ignore")) + PARTIAL)
+        self.file = None
+
+    def open(self):
+        """Open the partial, made if need be, and lock it against other clients; how long it is."""
+        os.makedirs(self.folder or ".", exist_ok=True)
+        while self.file is None:
+            flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
+            file = io.FileIO(os.open(self.partial, flags, 0o666), "rb+")
+            try:
+                if fcntl:
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                links = os.fstat(file.fileno()).st_nlink
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    file.close()
+                    raise Failed("another client is fetching it here")
+                links = 1               # a disk without locks
+            if links == 1:
+                self.file = file
+            else:                       # 0: removed by who had the lock; 2: published, and killed before this name went
+                file.close()
+                if links > 1:
+                    os.unlink(self.partial)
+        return os.fstat(self.file.fileno()).st_size
+
+    def close(self, keep=True):
+        """Let go of the partial; an empty or unwanted one is removed."""
+        if self.file:
+            file, self.file = self.file, None
+            with file:
+                unwanted = not keep or not os.fstat(file.fileno()).st_size
+                if unwanted and os.name != "nt":
+                    os.unlink(self.partial)
+            if unwanted and os.name == "nt":            # Windows doesn't remove an open file
+                os.unlink(self.partial)
+
+    def publish(self, mtime, replace):
+        """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
+        os.fsync(self.file.fileno())
+        if os.name == "nt":
+            self.file.close()
+        if mtime is not None:
+            with contextlib.suppress(OverflowError):    # a time that this system can't hold
+                os.utime(self.partial, ns=(int(mtime * 1e9),) * 2)
+        stored, duplicate = self.rename(replace)
+        if os.name != "nt":
+            folder = os.open(self.folder or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self.file.close()
+        self.file = None
+        return stored, duplicate
+
+    def rename(self, replace):
+        if replace:
+            os.replace(self.partial, self.path)
+            return self.path, False
+        for name in numbered(from_disk(os.path.basename(self.path))):
+            path = os.path.join(self.folder, to_disk(name))
+            try:
+                os.link(self.partial, path)             # unlike a rename it never replaces anything
+            except FileExistsError:
+                if not same_content(self.partial, path):
+                    continue
+                os.unlink(self.partial)
+                return path, True
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise
+                if os.path.lexists(path):               # a disk without hard links (FAT)
+                    continue
+                os.rename(self.partial, path)
+                return path, False
+            os.unlink(self.partial)
+            return path, False
+
+
+# ==== Jobs: one file each ===============================================================================
+
+class Job:
+    """One file to move. ask() sends the request, finish() takes the answer; several may be asked before the first
+    is finished. Both are done again after the connection broke."""
+    alone = False           # True: nothing else may be under way
+    done = 0                # bytes that are across, what was there before among them
+    furthest = 0            # offset from which it went on
+    outcome = ""
+
+    def __init__(self, client, label, size):
+        self.client, self.label, self.size = client, label, size
+
+    def drop(self):
+        """Let go of what is open."""
+
+    def progress(self, count):
+        self.done += count
+        self.client.bar.add(self, count)
+
+    def went_on_at(self, offset):
+        """Note the offset that both sides agreed on."""
+        if offset > self.furthest:
+            self.furthest, self.client.tries = offset, 0
+        self.client.bar.add(self, offset - self.done, moved=False)
+        self.done = offset
+
+
+class Put(Job):
+    """Send one local file."""
+
+    def __init__(self, client, path, name, size):
+        super().__init__(client, name, size)
+        self.path, self.name = path, name
+        self.alone = size > SMALL or client.classic
+        split_name(name)
+
+    def ask(self):
+        with open_source(self.path) as file:
+            self.client.step("put %s: the server gets name and size first, then the bytes" % self.label)
+            before = state(file)
+            self.size = before[0]
+            mtime = os.fstat(file.fileno()).st_mtime
+            if self.size <= SMALL:
+                self.send_small(file, before, mtime)
+            else:
+                self.send_large(file, before, mtime)
+
+    def header(self, mtime, **more):
+        verify = {} if self.client.verify else {"verify": False}
+        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **dict(more, **verify))
+
+    def send_small(self, file, before, mtime):
+        data = file.read(self.size + 1)
+        if len(data) != self.size or state(file) != before:
+            raise Failed("the file changed while it was read: try again")
+        self.went_on_at(0)
+        self.header(mtime)
+        self.client.payload("->", len(data))
+        self.client.link.send(data)
+        self.last_line(hashlib.sha256(data))
+        self.progress(len(data))
+
+    def last_line(self, digest):
+        self.client.link.request(sha256=digest.hexdigest() if digest and self.client.verify else None)
+
+    def send_large(self, file, before, mtime):
+        ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(before)])
+                               .encode("utf-8", "surrogateescape")).hexdigest()
+        offset, digest = self.agree_on_offset(file, ident)
+        self.went_on_at(offset)
+        self.header(mtime, offset=offset, id=ident)
+        self.client.payload("->", self.size - offset)
+        if self.client.verify:
+            self.stream(file, offset, digest)
+        else:
+            self.stream_unhashed(file, offset)
+        if state(file) != before:
+            raise self.cut("the file changed while it was sent: try again")
+        self.last_line(digest)
+
+    def agree_on_offset(self, file, ident):
+        """Ask how much of the file the server has, and believe it only if the hash is ours: (offset, digest)."""
+        link = self.client.link
+        self.client.step("resume: what is there already of an interrupted put, and is it the same?")
+        link.request(cmd="resume", name=self.name, size=self.size, id=ident)
+        offset, sha256 = fields(link.answer(self.size / HASH_RATE), "offset", "sha256")
+        if 0 < offset <= self.size:
+            digest = hash_file(file, offset)
+            if digest.hexdigest() == (sha256 or "").lower():
+                return offset, digest
+        return 0, hashlib.sha256()
+
+    def stream(self, file, offset, digest):
+        """Send the file from offset on by reading it, hashing on the way."""
+        view = memoryview(bytearray(CHUNK))
+        file.seek(offset)
+        while offset < self.size:
+            count = file.readinto(view[:self.size - offset])
+            if not count:
+                raise self.cut("the file shrank while it was sent: try again")
+            digest.update(view[:count])
+            self.listen()
+            self.client.link.send(view[:count])
+            self.progress(count)
+            offset += count
+
+    def stream_unhashed(self, file, offset):
+        """Send the file from offset on by sendfile(2), where the system has it."""
+        self.client.link.flush()
+        while offset < self.size:
+            self.listen()
+            with self.client.link.waiting():
+                count = self.client.link.sock.sendfile(file, offset, min(SMALL * 16, self.size - offset))
+            if not count:
+                raise self.cut("the file shrank while it was sent: try again")
+            self.progress(count)
+            offset += count
+
+    def listen(self):
+        """An answer before the end is a refusal: read it rather than send what nobody wants."""
+        if self.client.link.answered():
+            try:
+                self.client.link.answer()
+                raise BadMessage("an answer before the end of the file")
+            finally:
+                self.client.close()
+
+    def cut(self, text):
+        """Leave a payload unfinished, so that the server can't take it for whole."""
+        self.client.close()
+        return Failed(text)
+
+    def finish(self):
+        answer = self.client.link.answer(self.size / HASH_RATE)
+        stored, size, duplicate = fields(answer, "name", "size", "duplicate")
+        if size != self.size:
+            raise BadMessage("%d bytes stored of %d" % (size, self.size))
+        self.outcome = "already there as %s" % stored if duplicate else "stored as %s" % stored
+
+    def classic(self):
+        """The same in the original's dialect: no offset, no hash, no answer at the end."""
+        if "|" in self.name:
+            raise Failed("the classic dialect can't send a name with |")
+        with open_source(self.path) as file:
+            before = state(file)
+            self.size = before[0]
+            link = self.client.link
+            link.send(self.client.text("->", "put|%s|%d" % (self.name, self.size)))
+            if self.client.classic_answer(rb"OK") is None:
+                raise Refusal("the server did not say OK")
+            self.went_on_at(0)
+            self.client.payload("->", self.size)
+            self.stream_unhashed(file, 0)
+            if state(file) != before:
+                raise Failed("the file changed while it was sent: what the server has is a mixture")
+            link.sock.shutdown(socket.SHUT_WR)
+        self.outcome = "sent (the classic dialect doesn't tell whether it was stored)"
+
+
+class MakeFolder(Job):
+    """Make a folder on the server: an empty one, that no file would bring along."""
+
+    def __init__(self, client, name):
+        super().__init__(client, name, 0)
+        self.name = name
+        split_name(name)
+
+    def ask(self):
+        self.client.link.request(cmd="mkdir", name=self.name)
+
+    def finish(self):
+        self.client.link.answer()
+        self.outcome = "folder is there"
+
+    def classic(self):
+        raise Failed("the classic dialect has no folders")
+
+
+class Get(Job):
+    """Fetch one remote file to a local path."""
+
+    def __init__(self, client, name, path, size, replace):
+        super().__init__(client, name, size)
+        self.name, self.target, self.replace = name, Target(path), replace
+        self.hint = None            # (length, digest) of a local file that may be the same
+        split_name(name)
+
+    def ask(self):
+        """Ask for what is missing: behind the partial, or behind the whole file if that is here already."""
+        offset, digest = 0, None
+        if self.target.file or os.path.lexists(self.target.partial):
+            offset = self.target.open()
+            digest = hash_file(self.target.file, offset)
+        elif not self.replace and os.path.isfile(self.target.path):
+            with contextlib.suppress(Failed), open_source(self.target.path) as file:
+                offset = os.fstat(file.fileno()).st_size
+                digest = hash_file(file, offset)
+        self.hint = offset, digest
+        more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
+        if not self.client.verify:
+            more["verify"] = False
+        self.client.step("get %s: the server tells the size, sends the bytes and last its hash" % self.label)
+        self.client.link.request(cmd="get", name=self.name, **more)
+
+    def finish(self):
+        link = self.client.link
+        asked, digest = self.hint
+        self.size, offset, mtime = fields(link.answer(asked / HASH_RATE), "size", "offset", "mtime")
+        if offset not in (0, asked) or offset > self.size:
+            raise BadMessage("an offset that was not asked for")
+        if not offset:
+            digest = hashlib.sha256()
+        self.went_on_at(offset)
+        self.client.payload("<-", self.size - offset)
+        here = offset and self.target.file is None          # the file under its own name is what goes on
+        if here and offset == self.size:
+            return self.already_there(link)
+        self.open_at(offset, here)
+        self.receive(offset, digest if self.client.verify else None)
+        self.check(link.answer(self.size / HASH_RATE), digest if self.client.verify else None)
+        self.store(mtime)
+
+    def already_there(self, link):
+        link.answer()
+        self.outcome = "already here"
+
+    def open_at(self, offset, here):
+        """Make the partial ready for the byte at offset."""
+        if self.target.file is None:
+            self.target.open()
+        if here:
+            with open(self.target.path, "rb") as source:
+                self.target.file.seek(0)
+                self.target.file.truncate()
+                for data in iter(lambda: source.read(CHUNK), b""):
+                    write_all(self.target.file, data)
+        self.target.file.truncate(offset)
+        self.target.file.seek(offset)
+
+    def receive(self, offset, digest):
+        view = memoryview(bytearray(min(CHUNK, self.size - offset)))
+        while offset < self.size:
+            count = self.client.link.read_into(view[:self.size - offset])
+            write_all(self.target.file, view[:count])
+            if digest:
+                digest.update(view[:count])
+            self.progress(count)
+            offset += count
+
+    def check(self, answer, digest):
+        sha256, = fields(answer, "sha256")
+        if digest and sha256 and sha256.lower() != digest.hexdigest():
+            raise Failed("what arrived has another SHA-256 than what was sent")
+        if digest and not sha256:
+            raise BadMessage("no SHA-256 after the file")
+
+    def store(self, mtime):
+        path, duplicate = self.target.publish(mtime, self.replace)
+        self.outcome = ("already here as %s" if duplicate else "saved as %s") % path
+
+    def drop(self, keep=True):
+        with contextlib.suppress(OSError):
+            self.target.close(keep)
+
+    def classic(self):
+        """The same in the original's dialect: all from the start, without a hash."""
+        if "|" in self.name:
+            raise Failed("the classic dialect can't ask for a name with |")
+        link = self.client.link
+        link.send(self.client.text("->", "get|%s|0" % self.name))
+        match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0")
+        if match is None or match.group(1) is None:
+            raise Refusal("the server has no such file" if match else "the server answered nonsense")
+        self.size = int(match.group(1))
+        link.send(self.client.text("->", "second_active"))
+        link.flush()
+        self.client.payload("<-", self.size)
+        self.went_on_at(0)
+        self.open_at(0, False)
+        self.receive(0, None)
+        self.store(None)
+
+
+# ==== Client: many jobs over one connection ===============================================================
+
+class FtpClient:
+    """A connection to a server, made again when it breaks, and what can be asked over it."""
+
+    def __init__(self, host, port, options):
+        self.port = (host, port)                # as in the original: the address
+        self.options, self.verify = options, not options.no_verify
+        self.classic, self.greeted = options.classic, False
+        self.link, self.tries = None, 0
+        self.todo, self.under_way, self.failed = collections.deque(), collections.deque(), []
+        self.bar = Bar(0, 0, False)
+
+    # ---- connection ----
+
+    def create_socket(self):
+        """Connect, and say hello in the framed dialect; to a server that hangs up on it, speak the classic one."""
+        if self.link:
+            return
+        try:
+            sock = socket.create_connection(self.port, self.options.timeout)
+        except (OSError, UnicodeError) as error:
+            raise Unreachable(advice(error, self.port, self.options.timeout)) from None
+        self.link = Link(sock, self.options.timeout, self.show if self.options.explain else None)
+        if self.classic:
+            return
+        try:
+            self.step("hello: does the server speak the framed dialect?")
+            self.link.request(cmd="hello")
+            self.link.answer()
+            self.greeted = True
+        except HungUp as error:
+            silent = not self.link.ahead and not self.greeted
+            self.close()
+            if not silent:
+                raise Broken(str(error)) from None
+            note("the server hung up on the framed hello: speaking the classic dialect")
+            self.classic = True
+            self.create_socket()
+        except Refusal as error:
+            self.close()
+            raise Unreachable("%s port %d says no: %s" % (self.port + (printable(str(error)),))) from None
+
+    def close(self):
+        link, self.link = self.link, None
+        if link:
+            link.close()
+
+    def recover(self, why):
+        """Take a broken connection up again, with growing pauses. Raises Unreachable when that is hopeless."""
+        self.close()
+        while self.tries < self.options.retries:
+            pause = min(FIRST_PAUSE * 2 ** self.tries, LAST_PAUSE)
+            self.tries += 1
+            self.bar.clear()
+            note("connection lost (%s): next try in %g s, %d of %d" % (why, pause, self.tries, self.options.retries))
+            time.sleep(pause)
+            try:
+                return self.create_socket()
+            except (Unreachable, Broken) as error:
+                why = error
+        raise Unreachable("connection lost: %s" % why)
+
+    # ---- what --explain shows ----
+
+    def show(self, direction, text):
+        self.bar.clear()
+        say("%s %s" % (direction, text), sys.stderr)
+
+    def step(self, text):
+        if self.options.explain:
+            self.show("#", text)
+
+    def payload(self, direction, count):
+        if self.options.explain:
+            self.show(direction, "%d bytes" % count)
+
+    def text(self, direction, text):
+        """A message of the classic dialect, as bytes."""
+        if self.options.explain:
+            self.show(direction, text)
+        return text.encode("utf-8")
+
+    # ---- jobs ----
+
+    def run(self, jobs):
+        """Do jobs, many of them under way at a time; go on after a failure. True where all went well."""
+        self.todo, self.failed, self.tries = collections.deque(jobs), [], 0
+        start = time.monotonic()
+        self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
+        try:
+            while self.todo or self.under_way:
+                try:
+                    self.turn()
+                except Broken as error:
+                    self.ask_again()
+                    self.recover(printable(str(error)))
+        except Unreachable as error:
+            for job in self.todo:
+                self.fail(job, error)
+        except BaseException:                   # Ctrl-C: who knows where in the stream we are
+            self.close()
+            raise
+        finally:
+            self.ask_again()
+            for job in self.todo:
+                job.drop()
+            self.bar.clear()
+        if len(jobs) > 1:
+            self.summary(jobs, time.monotonic() - start)
+        return not self.failed
+
+    def turn(self):
+        """Ask for as many files as may be under way, then take answers until half of them are done."""
+        self.create_socket()
+        while self.todo and len(self.under_way) < WINDOW and not (self.under_way and (
+                self.todo[0].alone or self.under_way[-1].alone)):
+            job = self.todo.popleft()
+            self.under_way.append(job)
+            if self.classic:
+                return self.do_classic(job)
+            if not self.attempt(job, job.ask):
+                self.under_way.pop()
+            if not self.link:
+                return self.ask_again()
+        full = self.todo and not self.todo[0].alone and not (self.under_way and self.under_way[0].alone)
+        rest = WINDOW // 2 if full else 0
+        while len(self.under_way) > rest:
+            job = self.under_way[0]
+            done = self.attempt(job, job.finish)
+            self.under_way.popleft()
+            if done:
+                self.tell(job)
+            if not self.link:
+                return self.ask_again()
+
+    def classic_answer(self, pattern):
+        """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None."""
+        self.link.flush()
+        while len(self.link.ahead) < 64:
+            match = re.fullmatch(pattern, bytes(self.link.ahead))
+            if match and not wait_readable(self.link.sock, QUIET_TIME):
+                self.link.explain and self.link.explain("<-", match.group().decode("ascii"))
+                self.link.ahead.clear()
+                return match
+            try:
+                self.link.fill()
+            except HungUp:              # the classic way to refuse
+                break
+        return None
+
+    def do_classic(self, job):
+        """One job, one connection: the original server mixes up the files of a connection."""
+        done = self.attempt(job, job.classic)
+        self.under_way.popleft()
+        self.close()
+        if done:
+            self.tell(job)
+
+    def attempt(self, job, step):
+        """Do a step of a job; False where it failed for good. What it leaves in the stream goes with the link."""
+        try:
+            step()
+            return True
+        except Refusal as error:
+            self.fail(job, error)
+        except (Failed, BadMessage, OSError) as error:
+            if step == job.finish:
+                self.close()
+            self.fail(job, error.strerror if isinstance(error, OSError) else "the server talks nonsense: %s" % error
+                      if isinstance(error, BadMessage) else error)
+        job.drop()
+        return False
+
+    def ask_again(self):
+        """What was under way has to be asked for again, over a new connection."""
+        self.todo.extendleft(reversed(self.under_way))
+        self.under_way.clear()
+
+    def fail(self, job, why):
+        self.failed.append(job)
+        self.bar.clear()
+        note("%s: %s" % (job.label, why))
+
+    def tell(self, job):
+        self.tries = 0
+        self.bar.finished += 1
+        if not self.options.quiet:
+            self.bar.clear()
+            say("%s: %s" % (job.label, job.outcome))
+
+    def summary(self, jobs, seconds):
+        moved = sum(job.done - job.furthest for job in jobs)
+        text = "%d of %d done, %s in %.1f s, %s/s" % (len(jobs) - len(self.failed), len(jobs), human(moved), seconds,
+                                                      human(moved / max(seconds, 1e-6)))
+        if self.failed:
+            note("%s; failed: %s" % (text, ", ".join(job.label for job in self.failed)))
+        elif not self.options.quiet:
+            say(text)
+
+    # ---- what can be asked ----
+
+    def ls(self, path, recursive=False):
+        """What the server has under path: a list of {"name", "type", "size", "mtime"}, checked."""
+        self.create_socket()
+        if self.classic:
+            raise Failed("the classic dialect can't list")
+        self.step("ls: the answer tells its size, then comes one line for each file")
+        self.link.request(cmd="ls", path=path, recursive=recursive)
+        size, = fields(self.link.answer(self.options.timeout), "size")
+        self.payload("<-", size)
+        lines, left = [], size
+        while left:
+            line = self.link.read_line()
+            left -= len(line)
+            lines.append(line)
+            if left < 0:
+                raise BadMessage("a listing that is longer than it says")
+        return [entry for entry in map(decode, lines) if self.usable(entry)]
+
+    @staticmethod
+    def usable(entry):
+        """Tell whether an entry of a listing is one that we could ask for; a hostile name is left out."""
+        fields(entry, "name", "size", "mtime")
+        with contextlib.suppress(BadName):
+            split_name(entry["name"])
+            return entry.get("type") in ("file", "dir")
+        note("left out: %s" % entry["name"])
+        return False
+
+    def find_remote(self, pattern):
+        """The remote names that a pattern of get stands for: a list of entries with full names."""
+        *folders, last = pattern.split("/")
+        parents = [""]
+        for part in folders:
+            parents = [parent + name + "/" for parent in parents for name in self.match(parent, part, "dir")]
+        return [dict(entry, name=parent + entry["name"]) for parent in parents for entry in self.matching(parent, last)]
+
+    def match(self, parent, pattern, kind):
+        if not WILD.search(pattern):
+            return [pattern]
+        return [entry["name"] for entry in self.matching(parent, pattern) if entry["type"] == kind]
+
+    def matching(self, parent, pattern):
+        """The entries of a remote folder that match a pattern; one that is literally there counts as that."""
+        entries = self.ls(parent.rstrip("/"))
+        exact = [entry for entry in entries if entry["name"] == pattern]
+        return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)]
+
+
+def advice(error, address, timeout):
+    """A line that says why there is no connection and what to check."""
+    host, port = address
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return "unknown host %s: check the spelling, or use the address that the server prints" % host
+    if isinstance(error, ConnectionRefusedError):
+        return "%s refuses port %d: is ftp_server.py running there, on that port and not on 127.0.0.1 only?" % address
+    if isinstance(error, socket.timeout) or error.errno == errno.ETIMEDOUT:
+        return "no answer from %s port %d in %g s: check the address, the network and the firewall there" % (host, port, timeout)
+    return "can't connect to %s port %d (%s): check the address and the network" % (host, port, error.strerror or error)
+
+
+# ==== Progress bar ========================================================================================
+
+def human(count):
+    """A number of bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return "%d %s" % (count, unit) if unit == "B" else "%.1f %s" % (count, unit)
+
+
+def columns(text):
+    """How many columns of a terminal a text takes: East Asian characters take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in text)
+
+
+class Bar:
+    """One line on stderr for all files of a command; drawn on a terminal only."""
+
+    def __init__(self, files, size, visible):
+        self.files, self.size, self.visible = files, size, visible
+        self.finished = self.done = self.moved = 0
+        self.start = self.drawn = time.monotonic()
+        self.shown = False
+
+    def add(self, job, count, moved=True):
+        self.done += count
+        self.moved += count if moved else 0
+        if self.visible and time.monotonic() - self.drawn > BAR_TIME:
+            self.draw(job.label)
+
+    def draw(self, label):
+        self.drawn = time.monotonic()
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        except (OSError, ValueError):
+            return
+        line = self.text(printable(label), width)
+        sys.stderr.write("\r%s%s\r" % (line, " " * (width - columns(line))))
+        sys.stderr.flush()
+        self.shown = True
+
+    def text(self, label, width):
+        """name, percent, bytes, speed and time left, in at most width columns."""
+        speed = self.moved / max(self.drawn - self.start, 1e-6)
+        left = max(0, self.size - self.done) / speed if speed else math.inf
+        percent = min(100, 100 * self.done // self.size) if self.size else 100
+        facts = " %3d%% %s %s/s" % (percent, human(self.done), human(speed))
+        facts += " %d:%02d left" % divmod(left, 60) if left < 360000 else ""
+        if self.files > 1:
+            facts = " %d/%d" % (min(self.finished + 1, self.files), self.files) + facts
+        encoding = sys.stderr.encoding or "ascii"
+        label = label.encode(encoding, "backslashreplace").decode(encoding)
+        while label and columns(label + facts) > width:
+            label = label[:-1]
+        return (label + facts)[:width]
+
+    def clear(self):
+        """Take the line away, so that another can be printed."""
+        if self.shown:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write("\r%s\r" % (" " * (os.get_terminal_size(sys.stderr.fileno()).columns - 1)))
+                sys.stderr.flush()
+            self.shown = False
+
+
+# ==== Commands: what can be typed at the prompt ===========================================================
+
+class Usage(Exception):
+    """A command that is typed wrong; str() is its line of help."""
+
+
+def options_of(command, args, letters):
+    """Split a command's words into ({"-r": …}, names). Raises Usage."""
+    try:
+        found, names = getopt.gnu_getopt(args, letters)
+    except getopt.GetoptError as error:
+        raise Usage("%s; usage: %s" % (error, COMMANDS[command][1])) from None
+    return dict(found), names
+
+
+def do_put(client, args):
+    """put FILE... [-r]             send files; -r: folders too"""
+    options, names = options_of("put", args, "r")
+    if not names:
+        raise Usage("usage: " + COMMANDS["put"][1])
+    jobs, wrong = [], 0
+    for name in names:
+        found = [name] if os.path.lexists(name) else sorted(glob.glob(os.path.expanduser(name)))
+        if not found:
+            note("%s: no such file" % name)
+            wrong += 1
+        for path in found:
+            wrong += not add_put(client, path, "-r" in options, jobs)
+    return client.run(jobs) and not wrong
+
+
+def add_put(client, path, recursive, jobs):
+    """Add the jobs for a local file, or for a folder and all in it; False where one can't be."""
+    top = os.path.basename(os.path.abspath(path))
+    if not (recursive and os.path.isdir(path)):
+        return add_job(jobs, Put, client, path, remote_name(top), size_of(path))
+    well = True
+    for folder, folders, files in os.walk(path, onerror=lambda error: note("%s: %s" % (error.filename, error.strerror))):
+        inner = os.path.relpath(folder, path)
+        name = top if inner == "." else os.path.join(top, inner)
+        folders.sort()
+        if not folders and not files:
+            well &= add_job(jobs, MakeFolder, client, remote_name(name))
+        for file in sorted(files):
+            if not file.endswith(PARTIAL):              # what a get has begun here
+                well &= add_job(jobs, Put, client, os.path.join(folder, file), remote_name(os.path.join(name, file)),
+                                size_of(os.path.join(folder, file)))
+    return well
+
+
+def add_job(jobs, kind, client, *args):
+    try:
+        jobs.append(kind(client, *args))
+        return True
+    except (Refusal, ValueError) as error:
+        note("%s: %s" % (args[0], error))
+        return False
+
+
+def size_of(path):
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0                                        # opening it will say what is wrong
+
+
+def remote_name(path):
+    return "/".join(from_disk(part) for part in path.split(os.sep))
+
+
+def do_get(client, args):
+    """get NAME... [-r] [-f] [-o PATH]   fetch files; -r: folders too, -f: replace, -o: under that name or into that folder"""
+    options, names = options_of("get", args, "rfo:")
+    out = os.path.expanduser(options.get("-o", ""))
+    if not names or len(names) > 1 and out and not os.path.isdir(out):
+        raise Usage("usage: " + COMMANDS["get"][1] if not names else "-o must name a folder that exists, for several files")
+    jobs, wrong = [], 0
+    for name in names:
+        try:
+            wrong += not add_get(client, name.rstrip("/"), options, out, jobs)
+        except (Refusal, Failed) as error:
+            note("%s: %s" % (name, error))
+            wrong += 1
+    return client.run(jobs) and not wrong
+
+
+def add_get(client, name, options, out, jobs):
+    """Add the jobs for a remote name, a pattern or a folder; False where there is nothing to get."""
+    name = name[2:] if name.startswith("./") else name
+    if not client.classic:
+        client.create_socket()
+    if client.classic or not ("-r" in options or WILD.search(name)):
+        entries = [{"name": name, "type": "file", "size": 0}]
+    elif name in ("", "."):
+        entries = [dict(entry) for entry in client.ls("")]
+    else:
+        entries = client.find_remote(name)
+    if not entries:
+        raise Failed("no such file on the server")
+    well = True
+    for entry in entries:
+        if entry["type"] == "file":
+            well &= add_job(jobs, Get, client, entry["name"], local_path(entry["name"].rsplit("/", 1)[-1], out), entry["size"], "-f" in options)
+        elif "-r" in options:
+            well &= add_folder(client, entry["name"], options, out, jobs)
+        elif not WILD.search(name):
+            raise Failed("a folder: use get -r")
+    return well
+
+
+def local_path(name, out):
+    """Where a remote name is saved: here, in the folder out, or as out."""
+    path = os.path.join(*(to_disk(part) for part in split_name(name)))
+    return os.path.join(out, path) if not out or os.path.isdir(out) else out
+
+
+def add_folder(client, name, options, out, jobs):
+    top = local_path(name.rsplit("/", 1)[-1], out)
+    well = True
+    for entry in client.ls(name, recursive=True):
+        path = os.path.join(top, *(to_disk(part) for part in split_name(entry["name"])))
+        if entry["type"] == "dir":
+            os.makedirs(path, exist_ok=True)
+        else:
+            well &= add_job(jobs, Get, client, name + "/" + entry["name"], path, entry["size"], "-f" in options)
+    os.makedirs(top, exist_ok=True)
+    return well
+
+
+def do_ls(client, args):
+    """ls [PATH]                    what the server has"""
+    if len(args) > 1:
+        raise Usage("usage: " + COMMANDS["ls"][1])
+    path = args[0].rstrip("/") if args else ""
+    show_entries(client.ls("" if path == "." else path))
+    return True
+
+
+def show_entries(entries):
+    for entry in entries:
+        size = "folder" if entry["type"] == "dir" else "%d" % entry["size"]
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["mtime"] or 0))
+        say("%14s  %s  %s" % (size, when, entry["name"]))
+
+
+def do_lcd(client, args):
+    """lcd [DIR]                    go to a folder on this machine"""
+    if len(args) > 1:
+        raise Usage("usage: " + COMMANDS["lcd"][1])
+    os.chdir(os.path.expanduser(args[0] if args else "~"))
+    say(os.getcwd())
+    return True
+
+
+def do_lls(client, args):
+    """lls [DIR]                    what is in a folder on this machine"""
+    if len(args) > 1:
+        raise Usage("usage: " + COMMANDS["lls"][1])
+    folder = os.path.expanduser(args[0] if args else ".")
+    entries = []
+    for name in sorted(os.listdir(folder)):
+        with contextlib.suppress(FileNotFoundError):
+            info = os.lstat(os.path.join(folder, name))
+            entries.append({"name": name, "type": "dir" if stat.S_ISDIR(info.st_mode) else "file", "size": info.st_size,
+                            "mtime": info.st_mtime})
+    show_entries(entries)
+    return True
+
+
+def do_help(client, args):
+    """help [COMMAND]               this list; ? is short for it"""
+    for name in args or COMMANDS:
+        if name not in COMMANDS:
+            raise Usage("no command %s; help lists them" % name)
+        say(COMMANDS[name][1])
+    if not args:
+        say("!COMMAND                       run a command of this machine's shell")
+        say("exit() exit quit bye           leave; so does Ctrl-D")
+    return True
+
+
+COMMANDS = {function.__name__[3:]: (function, function.__doc__) for function in (do_put, do_get, do_ls, do_lcd, do_lls, do_help)}
+COMMANDS["?"] = COMMANDS["help"]
+LEAVE = ("exit()", "exit", "quit", "bye")
+WILD = re.compile(r"[*?\[]")
+
+
+def split_words(line):
+    """Split a line into words; quotes hold one together, a backslash is just a character (Windows paths)."""
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    try:
+        return list(words)
+    except ValueError:
+        raise Usage("a quote is not closed") from None
+
+
+def run_command(client, words):
+    """Run one command; True where all went well. Whatever fails is one line, on stderr."""
+    try:
+        if words[0] not in COMMANDS:
+            raise Usage("no command %s; help lists them" % words[0])
+        return COMMANDS[words[0]][0](client, words[1:])
+    except (Usage, Refusal, Failed, Unreachable) as error:
+        note(str(error))
+    except (BadMessage, Broken) as error:
+        client.close()
+        note("the connection is lost: %s" % error)
+    except OSError as error:
+        note("%s%s" % (error.filename + ": " if isinstance(error.filename, str) else "", error.strerror or error))
+    return False
+
+
+def command_fanout(client):
+    """The prompt: read commands until the user has enough."""
+    with contextlib.suppress(ImportError):
+        set_up_readline(client)
+    while True:
+        try:
+            line = input(">>>").strip()
+            if line in LEAVE:
+                return
+            if line.startswith("!"):
+                subprocess.call(line[1:], shell=True)
+            elif line:
+                run_command(client, split_words(line))
+        except Usage as error:
+            note(str(error))
+        except UnicodeDecodeError:
+            note("that line is not text in this terminal's encoding")
+        except KeyboardInterrupt:
+            note("stopped; the same command goes on where it was")
+        except EOFError:
+            return say("")
+
+
+# ==== Tab completion ======================================================================================
+
+def set_up_readline(client):
+    """History, and Tab for commands, local names after put and remote ones after get and ls."""
+    import readline
+    readline.set_completer_delims(" \t\n")
+    readline.set_completer(Completer(client, readline).complete)
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+
+
+class Completer:
+    """What the Tab key offers."""
+
+    def __init__(self, client, readline):
+        self.client, self.readline, self.found = client, readline, []
+
+    def complete(self, text, number):
+        """The number-th completion of text, the last word of the line; None behind the last one."""
+        if number == 0:
+            with contextlib.suppress(Refusal, Failed, Broken, Unreachable, BadMessage, OSError):
+                self.found = []
+                self.found = self.candidates(text, self.readline.get_line_buffer()[:self.readline.get_endidx()])
+        return self.found[number] if number < len(self.found) else None
+
+    def candidates(self, text, line):
+        """All completions. A name with a space is put in quotes, of which text may hold the end only."""
+        command, *rest = line.lstrip().split(" ", 1)
+        if not rest:
+            return [name + " " for name in sorted(COMMANDS) if name.startswith(text)]
+        quote = next((mark for mark in "\"'" if line.count(mark) % 2), "")
+        word = line.rsplit(quote, 1)[1] if quote else text
+        names = self.remote(word) if command in ("get", "ls") else self.local(word)
+        skip = len(word) - len(text) + (1 if quote and text.startswith(quote) else 0)
+        found = []
+        for name in names:
+            mark = quote or ("\"" if " " in name else "")
+            end = "" if name.endswith("/") else mark + " "
+            found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
+        return found
+
+    @staticmethod
+    def local(word):
+        return [path.replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in sorted(glob.glob(glob.escape(word) + "*"))]
+
+    def remote(self, word):
+        folder = word.rpartition("/")[0]
+        prefix = folder + "/" if folder else ""
+        return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in self.client.ls(folder)
+                if (prefix + entry["name"]).startswith(word)]
+
+
+# ==== Command line ========================================================================================
+
+def printable(text):
+    """The text with all that could command a terminal escaped."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def say(text, stream=None):
+    """Print a line, also where the terminal's encoding lacks its characters."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "ascii"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def note(text):
+    """Print a line about something that went wrong."""
+    say(text, sys.stderr)
+
+
+def seconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError("%r is not a number of seconds above 0" % text)
+    return value
+
+
+def port(text):
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("%r is not a port: 0 to 65535, 0 for any that is free" % text)
+    return int(text)
+
+
+def count(text):
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError("%r is not a number" % text)
+    return int(text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="ftp_client.py", allow_abbrev=False, usage="%(prog)s [HOST [PORT [COMMAND ARG...]]] [options]",
+        description="Move files to and from an ftp_server.py. Without a COMMAND there is a prompt.",
+        epilog="Commands: put FILE... [-r], get NAME... [-r] [-f] [-o PATH], ls [PATH]; help at the prompt tells more.")
+    add = parser.add_argument
+    add("--classic", action="store_true", help="speak the original's dialect")
+    add("--no-verify", action="store_true", help="don't hash what is moved")
+    add("--retries", type=count, default=5, metavar="N", help="how often a broken connection is taken up (default: %(default)s)")
+    add("--timeout", type=seconds, default=60, metavar="SECONDS", help="until a silent server is given up (default: %(default)s)")
+    add("--explain", action="store_true", help="show every message that crosses the wire")
+    add("-q", "--quiet", action="store_true", help="say only what went wrong")
+    add("--version", action="version", version="ftp_client.py " + VERSION)
+    options, words = parser.parse_known_args(argv)
+    for word in words[:2]:
+        if word.startswith("-") and len(word) > 1:
+            parser.error("unrecognized option %s" % word)
+    try:
+        options.host = words[0] if words else "127.0.0.1"
+        options.port = port(words[1]) if len(words) > 1 else PORT
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    options.command = words[2:]
+    if options.command and options.command[0] not in COMMANDS:
+        parser.error("no command %s; there are: %s" % (options.command[0], " ".join(COMMANDS)))
+    options.bar = sys.stderr is not None and sys.stderr.isatty() and not options.quiet
+    return options
+
+
+def main(argv=None):
+    options = parse_args(argv)
+    client = FtpClient(options.host, options.port, options)
+    try:
+        if not options.command or options.command[0] in ("put", "get", "ls"):
+            client.create_socket()
+        if options.command:
+            return one_shot(client, options.command)
+        if not options.quiet:
+            say("connected to %s port %d; help lists the commands" % client.port)
+        command_fanout(client)
+        return 0
+    except (Unreachable, Broken, BadMessage) as error:
+        note(str(error))
+        return 1
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on where it was")
+        return 130
+    finally:
+        client.close()
+
+
+def one_shot(client, words):
+    """Run the command of the command line; the exit code: 0 all done, 1 something failed, 2 typed wrong."""
+    try:
+        if words[0] in ("put", "get"):
+            options_of(words[0], words[1:], "r" if words[0] == "put" else "rfo:")
+    except Usage as error:
+        note(str(error))
+        return 2
+    return 0 if run_command(client, words) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
