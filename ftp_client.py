@@ -53,6 +53,8 @@ QUIET_TIME = 0.02          # seconds without a further byte that end a classic a
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
+FIND_TIME = 1              # seconds to wait for servers to answer
+FIND_SIZE = 512            # bytes of a discovery request: answers are never longer
 BAR_TIME = 0.1             # seconds between two looks of the progress bar
 
 
@@ -1029,6 +1031,46 @@ def advice(error, address, timeout):
     return "can't connect to %s port %d (%s): check the address and the network" % (host, port, error.strerror or error)
 
 
+# ==== Discovery: which servers are there? ===================================================================
+
+def find_servers(address, port_number):
+    """Ask by one UDP datagram, wait FIND_TIME; the answers: a list of (address, port, mode, host name)."""
+    family, _, _, _, target = socket.getaddrinfo(address, port_number, type=socket.SOCK_DGRAM)[0]
+    found, limit = set(), time.monotonic() + FIND_TIME
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        if family == socket.AF_INET:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.sendto(encode({"cmd": "discover"}).ljust(FIND_SIZE), target)
+        while len(found) < 1000 and time.monotonic() < limit:
+            sock.settimeout(max(0.001, limit - time.monotonic()))
+            try:
+                data, sender = sock.recvfrom(CHUNK)
+                answer = decode(data)
+            except socket.timeout:
+                break
+            except (OSError, BadMessage):           # on Windows an unreachable port ends up here
+                continue
+            host, mode, number = (answer.get(key) for key in ("host", "mode", "port"))
+            if answer.get("ok") is True and isinstance(host, str) and isinstance(mode, str) and is_size(number) and 0 < number < 65536:
+                found.add((sender[0], number, mode, host))
+    return sorted(found)
+
+
+def show_servers(options):
+    """Print the servers that answer and how to reach each; the exit code."""
+    try:
+        found = find_servers(options.find, options.port)
+    except (OSError, UnicodeError) as error:
+        note("can't ask %s: %s" % (options.find, error.strerror if isinstance(error, OSError) else error))
+        return 1
+    if not found:
+        note("no server answered on UDP port %d: is one running, with this port, and does its firewall let UDP in?" % options.port)
+        return 1
+    for address, number, mode, host in found:
+        say("%-15s  %5d  %-12s  %-20s  python ftp_client.py %s %d" % (address, number, mode[:40], host[:64], address, number))
+    return 0
+
+
 # ==== Progress bar ========================================================================================
 
 def human(count):
@@ -1436,10 +1478,13 @@ def parse_args(argv=None):
     add("--no-verify", action="store_true", help="don't hash what is moved")
     add("--retries", type=count, default=5, metavar="N", help="how often a broken connection is taken up (default: %(default)s)")
     add("--timeout", type=seconds, default=60, metavar="SECONDS", help="until a silent server is given up (default: %(default)s)")
+    add("--find", nargs="?", const="255.255.255.255", metavar="ADDRESS", help="ask the network which servers there are")
     add("--explain", action="store_true", help="show every message that crosses the wire")
     add("-q", "--quiet", action="store_true", help="say only what went wrong")
     add("--version", action="version", version="ftp_client.py " + VERSION)
     options, words = parser.parse_known_args(argv)
+    if options.find and len(words) == 1:
+        words.insert(0, options.find)               # --find ADDRESS PORT
     for word in words[:2]:
         if word.startswith("-") and len(word) > 1:
             parser.error("unrecognized option %s" % word)
@@ -1457,6 +1502,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     options = parse_args(argv)
+    if options.find:
+        return show_servers(options)
     client = FtpClient(options.host, options.port, options)
     try:
         if not options.command or options.command[0] in ("put", "get", "ls"):

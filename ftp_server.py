@@ -74,6 +74,8 @@ LINGER_TIME = 5            # seconds that a peer has to read the last answer bef
 TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
 STOP_TIME = 1.5            # seconds that sessions have to end when the server stops
 TICK = 0.5                 # seconds between two looks at whether to stop
+DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
+DISCOVERY_RATE = 50        # answers to such in a second, at most
 WORKERS = 64               # threads beside the event loop, at most
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
@@ -1308,6 +1310,32 @@ def tune_listener(sock, host_is_any):
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)         # "::" is everybody, IPv4 too
 
 
+# ==== Discovery: where is a server? One datagram, one answer ===============================================
+
+class Discovery:
+    """Makes the answers: never longer than the request, so that nobody can be flooded through us with forged
+    requests, and few in a second."""
+
+    def __init__(self, service, port_number):
+        self.message = encode({"ok": True, "server": "ftp_server", "host": socket.gethostname()[:64], "port": port_number,
+                               "mode": service.mode})
+        self.lock = threading.Lock()
+        self.times = collections.deque([-math.inf] * DISCOVERY_RATE, DISCOVERY_RATE)    # of the last answers
+
+    def answer(self, data):
+        """The answer to a datagram, or None where it gets none."""
+        try:
+            asked = len(data) >= max(DISCOVERY_SIZE, len(self.message)) and decode(data).get("cmd") == "discover"
+        except BadMessage:
+            return None
+        now = time.monotonic()
+        with self.lock:
+            if not asked or now - self.times[0] < 1:
+                return None
+            self.times.append(now)
+        return self.message
+
+
 # ==== Backend: socketserver, a thread for each client =====================================================
 
 if hasattr(select, "poll"):
@@ -1348,13 +1376,25 @@ class Stopped(Exception):
     """Raised in the link loop to leave it."""
 
 
-class ThreadFtpServer(socketserver.ThreadingTCPServer):
-    """The link loop: accepts connections and starts a thread with a handler for each."""
+class Stoppable:
+    """What both servers of this mode add to the link loop: it ends when the service stops."""
     daemon_threads = True
+
+    def service_actions(self):
+        if self.service.stopping:
+            raise Stopped
+
+    def serve_forever(self, poll_interval=TICK):
+        with contextlib.suppress(Stopped):
+            super().serve_forever(poll_interval)
+
+
+class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
+    """The link loop: accepts connections and starts a thread with a handler for each."""
     request_queue_size = BACKLOG
 
     def __init__(self, service, family, address):
-        self.service, self.address_family = service, family
+        self.service, self.address_family, self.discovery = service, family, None
         threading.stack_size(256 << 10)
         super().__init__(address, FtpHandler)
 
@@ -1375,20 +1415,39 @@ class ThreadFtpServer(socketserver.ThreadingTCPServer):
             LOG.error("can't serve %s: %s", address_text(client_address), error)
             turn_away(request)
 
-    def service_actions(self):
-        if self.service.stopping:
-            raise Stopped
-
-    def serve_forever(self, poll_interval=TICK):
-        with contextlib.suppress(Stopped):
-            super().serve_forever(poll_interval)
+    def start_discovery(self):
+        """Answer on the UDP port of the same number too, from a link loop of its own."""
+        self.discovery = DiscoveryServer(self.service, self.address_family, self.server_address)
+        threading.Thread(target=self.discovery.serve_forever, daemon=True).start()
 
     def stop(self):
         """End all sessions; False where some didn't end in time."""
         self.server_close()
+        if self.discovery:
+            self.discovery.server_close()
         self.service.cut_all()
         with self.service.left:
             return self.service.left.wait_for(lambda: not self.service.sessions, STOP_TIME)
+
+
+class DiscoveryHandler(socketserver.BaseRequestHandler):
+    """Over UDP there is no connection: self.request is the pair of a datagram and the server's socket."""
+
+    def handle(self):
+        data, sock = self.request
+        answer = self.server.discovery.answer(data)
+        if answer:
+            with contextlib.suppress(OSError):      # no way to the one who asks
+                sock.sendto(answer, self.client_address)
+
+
+class DiscoveryServer(Stoppable, socketserver.ThreadingUDPServer):
+    """The link loop over UDP: receives datagrams and starts a thread with a handler for each."""
+
+    def __init__(self, service, family, address):
+        self.service, self.address_family = service, family
+        self.discovery = Discovery(service, address[1])
+        super().__init__(address, DiscoveryHandler)
 
 
 # ==== Backend: selectors, all clients in one loop =========================================================
@@ -1467,6 +1526,26 @@ class SelectFtpServer:
         self.bell.setblocking(False)
         self.button.setblocking(False)
         self.sel.register(self.bell, READ, self.take_back)
+
+    def start_discovery(self):
+        """Answer on the UDP port of the same number too: one more socket in the same loop."""
+        udp = socket.socket(self.socket.family, socket.SOCK_DGRAM)
+        try:
+            udp.bind(self.server_address)
+        except OSError:
+            udp.close()
+            raise
+        udp.setblocking(False)
+        self.discovery = Discovery(self.service, self.server_address[1])
+        self.sel.register(udp, READ, self.discover)
+
+    def discover(self, sock, mask):
+        """Callback of the discovery socket."""
+        with contextlib.suppress(OSError):      # nothing there after all, or no way to the one who asks
+            data, address = sock.recvfrom(CHUNK)
+            answer = self.discovery.answer(data)
+            if answer:
+                sock.sendto(answer, address)
 
     def serve_forever(self):
         while not self.service.stopping:
@@ -1577,6 +1656,93 @@ class SelectFtpServer:
 MODES = {"selectors": SelectFtpServer, "socketserver": ThreadFtpServer}
 
 
+# ==== Explain: what the running program does inside =======================================================
+
+class Explainer:
+    """Prints a line for each step of the loops, told by the interpreter's own profile hook: nothing here knows
+    which methods there are, in which class Python finds them, or in what order they run."""
+    NOTES = {                       # for what has no docstring
+        "get_request": "accepts: the new socket and the client's address", "handle": "talks with the client until one has enough",
+        "setup": "what a handler does first", "finish": "what a handler does last", "select": "waits until a socket is ready",
+        "register": "a socket to wait for, and what to call then", "modify": "another event to wait for on a socket",
+        "unregister": "a socket not to wait for any more", "service_actions": "called every round; shown once",
+        "BaseRequestHandler.__init__": "keeps request, client_address and server; calls setup, handle, finish",
+    }
+
+    def __init__(self, kind):
+        self.kind = kind            # class of the server that is explained
+        self.links = set()          # threads that run a link loop
+        self.callbacks = set()      # code of the functions registered with a selector
+        self.recent = collections.deque(maxlen=6)
+        self.seen = set()           # what is shown once: (class, method)
+        self.skipped = 0
+
+    def install(self):
+        """Print the lookup order, then tell what happens from now on."""
+        if issubclass(self.kind, socketserver.BaseServer):
+            for kind in (self.kind, DiscoveryServer):
+                self.show("lookup order: " + " -> ".join(found.__name__ for found in kind.__mro__))
+        threading.setprofile(self.hook)
+        sys.setprofile(self.hook)
+
+    def hook(self, frame, event, result):
+        """Called by the interpreter whenever a function is entered or left."""
+        if event not in ("call", "return") or frame.f_code.co_varnames[:1] != ("self",):
+            return
+        target = frame.f_locals.get("self")
+        if issubclass(self.kind, socketserver.BaseServer):
+            if event == "call" and isinstance(target, (socketserver.BaseServer, socketserver.BaseRequestHandler)):
+                self.socketserver_call(target, frame)
+        elif isinstance(target, selectors.BaseSelector):
+            self.selector_call(target, frame, event, result)
+        elif event == "call" and frame.f_code in self.callbacks:
+            self.show_step("callback", target, frame)
+
+    def socketserver_call(self, target, frame):
+        name, kinds, thread = frame.f_code.co_name, type(target).__mro__, threading.get_ident()
+        if not any(name in vars(kind) for kind in kinds if kind.__module__ == "socketserver"):
+            return                  # a method that socketserver knows nothing of
+        if name in ("__init__", "serve_forever") and isinstance(target, socketserver.BaseServer):
+            self.links.add(thread)
+        if (kinds[0], name) not in self.seen:
+            self.show_step("link loop" if thread in self.links else "communication loop", target, frame, kinds[0].__name__)
+        if name in ("service_actions", "fileno"):
+            self.seen.add((kinds[0], name))
+
+    def selector_call(self, target, frame, event, result):
+        name = frame.f_code.co_name
+        if name not in ("register", "unregister", "modify", "select") or frame.f_back.f_code.co_name == name:
+            return                  # or in the middle of a chain of super() calls
+        if event == "call" and name != "select":
+            callback = frame.f_locals.get("data")
+            self.callbacks.add(getattr(getattr(callback, "__func__", None), "__code__", None))
+            self.show_step("event loop", target, frame, getattr(callback, "__name__", ""), repeat=False)
+        elif event == "return" and name == "select" and result:
+            self.show_step("event loop", target, frame, "%d ready" % len(result), repeat=False)
+
+    def show_step(self, loop, target, frame, more="", repeat=True):
+        name, kinds = frame.f_code.co_name, type(target).__mro__
+        found = [kind for kind in kinds if name in vars(kind)]
+        here = next((kind for kind in found if getattr(vars(kind)[name], "__code__", None) is frame.f_code), kinds[0])
+        texts = [vars(kind)[name].__doc__ for kind in found[found.index(here):]] + [""]
+        purpose = self.NOTES.get("%s.%s" % (here.__name__, name)) or self.NOTES.get(name) or \
+            next(text for text in texts if text is not None).strip().split("\n")[0]
+        if name == "handle":
+            purpose += "; self.request is %s" % re.sub(r" {3,}|\\0+", " … ", repr(target.request))
+        self.show("%-18s  %s.%s [%s]: %s" % (loop, here.__name__, name, more, purpose), repeat)
+
+    def show(self, line, repeat=True):
+        """Print a line; of those that an event loop repeats, only how many."""
+        if not repeat and line in self.recent:
+            self.skipped += 1
+            return
+        if self.skipped:
+            say("explain: … the same again, %d lines" % self.skipped, sys.stderr)
+            self.skipped = 0
+        self.recent.append(line)
+        say("explain: " + line, sys.stderr)
+
+
 # ==== Command line ========================================================================================
 
 def printable(text):
@@ -1648,6 +1814,8 @@ def parse_args(argv=None):
     add("--max-size", type=size, metavar="SIZE", help="largest upload: 500, 64K, 10M, 2G")
     add("--timeout", type=seconds, metavar="SECONDS", default=60, help="until an idle client is dropped (default: %(default)s)")
     add("--no-fsync", action="store_true", help="don't wait for the disk: faster, and a power cut may take what was stored")
+    add("--no-discovery", action="store_true", help="don't answer ftp_client.py --find")
+    add("--explain", action="store_true", help="show what the server does inside, as it happens")
     add("--log-file", metavar="FILE", help="write the log there too")
     add("-v", "--verbose", action="store_true", help="log listings too")
     add("-q", "--quiet", action="store_true", help="log problems only")
@@ -1745,6 +1913,8 @@ def main(argv=None):
     try:
         set_up_log(options)
         raise_descriptor_limit()
+        if options.explain:
+            Explainer(MODES[options.mode]).install()
         server = open_server(options)
     except Unusable as error:
         say("ftp_server.py: %s" % error, sys.stderr)
@@ -1757,6 +1927,11 @@ def main(argv=None):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), stop)
     print_banner(server)
+    if not options.no_discovery:
+        try:
+            server.start_discovery()
+        except OSError as error:
+            LOG.warning("no discovery: UDP port %d: %s", server.server_address[1], error.strerror)
     server.serve_forever()
     if not server.stop():           # a thread hangs on a disk: leave without it
         LOG.warning("stopped; what was under way goes on as partial files")
