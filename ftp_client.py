@@ -37,13 +37,15 @@ import unicodedata
 
 try:
     import fcntl
+    import termios
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = termios = None
 
 VERSION = "1.0"
 PORT = 8885                # the original's
 CHUNK = 1 << 18            # bytes read from a file or a socket at a time
 JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
+SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
 WINDOW = 128               # requests sent before the first is answered, at most
 HEADER_TIME = 10           # seconds from a header's first byte to its last
@@ -55,6 +57,7 @@ NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 FIND_TIME = 1              # seconds to wait for servers to answer
 FIND_SIZE = 512            # bytes of a discovery request: answers are never longer
+READ, WRITE = 1, 2         # what to wait for
 BAR_TIME = 0.1             # seconds between two looks of the progress bar
 
 
@@ -255,16 +258,31 @@ class Link:
         if len(self.owed) + len(data) > JOIN:
             self.flush()
         if len(data) > JOIN:
-            with self.waiting():
-                self.sock.sendall(data)
+            self.send_now(data)
         else:
             self.owed += data
 
     def flush(self):
         data, self.owed = self.owed, bytearray()
         if data:
-            with self.waiting():
-                self.sock.sendall(data)
+            self.send_now(data)
+
+    def send_now(self, data):
+        view, sent = memoryview(data), 0
+        while sent < len(view):
+            sent += self.push(self.sock.send, view[sent:])
+
+    def push(self, operation, *args):
+        """Do a sending operation when the socket takes some bytes; how many it took.
+
+        A socket is ready again only when much of its queue is gone, so the queue tells whether the peer reads."""
+        left = None
+        while not wait_for(self.sock, WRITE, self.timeout / 2 if left is None else self.timeout):
+            left, before = unsent(self.sock), left
+            if before is not None and left >= before:
+                raise Broken("nothing moved for %g seconds" % self.timeout)
+        with self.waiting():
+            return operation(*args)
 
     def request(self, **message):
         if self.explain:
@@ -329,16 +347,27 @@ class Link:
 
     def answered(self):
         """Tell whether the server has said something already, or has closed."""
-        return bool(self.ahead) or bool(wait_readable(self.sock, 0))
+        return bool(self.ahead) or bool(wait_for(self.sock, READ, 0))
 
 
-def wait_readable(sock, seconds):
-    """Tell whether sock has bytes, or its end, to read within some seconds."""
-    if hasattr(select, "poll"):
+if hasattr(select, "poll"):
+    def wait_for(sock, event, seconds):
+        """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
         poller = select.poll()
-        poller.register(sock, select.POLLIN)
+        poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
         return bool(poller.poll(seconds * 1000))
-    return bool(select.select([sock], [], [], seconds)[0])
+else:
+    def wait_for(sock, event, seconds):
+        """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
+        return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
+
+
+def unsent(sock):
+    """Bytes that the system has still to send (tty_ioctl(4), tcp(7)); 0 where it doesn't tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) if fcntl else 0
+    except OSError:
+        return 0
 
 
 # ==== Local files =======================================================================================
@@ -558,10 +587,7 @@ class Put(Job):
         self.went_on_at(offset)
         self.header(mtime, offset=offset, id=ident)
         self.client.payload("->", self.size - offset)
-        if self.client.verify:
-            self.stream(file, offset, digest)
-        else:
-            self.stream_unhashed(file, offset)
+        self.stream(file, offset, digest if self.client.verify else None)
         if state(file) != before:
             raise self.cut("the file changed while it was sent: try again")
         self.last_line(digest)
@@ -579,26 +605,29 @@ class Put(Job):
         return 0, hashlib.sha256()
 
     def stream(self, file, offset, digest):
-        """Send the file from offset on by reading it, hashing on the way."""
+        """Send the file from offset on; hash it on the way if there is a digest."""
+        if digest is None and hasattr(os, "sendfile"):
+            return self.stream_unread(file, offset)
         view = memoryview(bytearray(CHUNK))
         file.seek(offset)
         while offset < self.size:
             count = file.readinto(view[:self.size - offset])
             if not count:
                 raise self.cut("the file shrank while it was sent: try again")
-            digest.update(view[:count])
+            if digest:
+                digest.update(view[:count])
             self.listen()
             self.client.link.send(view[:count])
             self.progress(count)
             offset += count
 
-    def stream_unhashed(self, file, offset):
-        """Send the file from offset on by sendfile(2), where the system has it."""
-        self.client.link.flush()
+    def stream_unread(self, file, offset):
+        """Send the file from offset on by sendfile(2)."""
+        link = self.client.link
+        link.flush()
         while offset < self.size:
             self.listen()
-            with self.client.link.waiting():
-                count = self.client.link.sock.sendfile(file, offset, min(SMALL * 16, self.size - offset))
+            count = link.push(os.sendfile, link.sock.fileno(), file.fileno(), offset, min(SLICE, self.size - offset))
             if not count:
                 raise self.cut("the file shrank while it was sent: try again")
             self.progress(count)
@@ -638,7 +667,7 @@ class Put(Job):
                 raise Refusal("the server did not say OK")
             self.went_on_at(0)
             self.client.payload("->", self.size)
-            self.stream_unhashed(file, 0)
+            self.stream(file, 0, None)
             if state(file) != before:
                 raise Failed("the file changed while it was sent: what the server has is a mixture")
             link.sock.shutdown(socket.SHUT_WR)
@@ -910,7 +939,7 @@ class FtpClient:
         self.link.flush()
         while len(self.link.ahead) < 64:
             match = re.fullmatch(pattern, bytes(self.link.ahead))
-            if match and not wait_readable(self.link.sock, QUIET_TIME):
+            if match and not wait_for(self.link.sock, READ, QUIET_TIME):
                 self.link.explain and self.link.explain("<-", match.group().decode("ascii"))
                 self.link.ahead.clear()
                 return match

@@ -52,13 +52,11 @@ import types
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
-try:
     import resource
+    import termios
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = termios = None
+    import msvcrt
 
 VERSION = "1.0"
 PORT = 8885                # the original's
@@ -69,11 +67,12 @@ JOIN = 1 << 18             # bytes of small answers that are joined into one sen
 HASH_SLICE = 1 << 22       # bytes hashed or compared between two chances for others to go first
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
+WRITE_TIME = 0.05          # seconds without a further byte after which what came is written to the partial file
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic request
 LINGER_TIME = 5            # seconds that a peer has to read the last answer before the socket goes
 TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
-STOP_TIME = 1.5            # seconds that sessions have to end when the server stops
-TICK = 0.5                 # seconds between two looks at whether to stop
+STOP_TIME = 1              # seconds that sessions have to end when the server stops
+TICK = 0.25                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 WORKERS = 64               # threads beside the event loop, at most
@@ -312,8 +311,10 @@ class Download:
     """A regular file open for reading, and what it was when it was opened. Use it in a `with` block."""
 
     def __init__(self, fd):
-        self.file = io.FileIO(fd, "rb")
         self.stat = os.fstat(fd)
+        if not stat.S_ISREG(self.stat.st_mode):
+            raise NotAFile("not a file")
+        self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
 
@@ -573,8 +574,6 @@ class Storage:
         except NotADirectoryError:
             raise NotFound("no such file") from None
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise NotAFile("not a file")
             return Download(fd)
         except BaseException:
             os.close(fd)
@@ -791,6 +790,14 @@ async def in_slices(work):
             return end.value
 
 
+def unsent(sock):
+    """Bytes that the system has still to send (tty_ioctl(4), tcp(7)); 0 where it doesn't tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) if fcntl else 0
+    except OSError:
+        return 0
+
+
 class Wire:
     """A client's non-blocking socket, with the bytes read ahead and the answers not yet sent."""
     __slots__ = ("sock", "timeout", "deadline", "ahead", "owed")
@@ -806,8 +813,9 @@ class Wire:
 
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
+        left = None
         while True:
-            patience = min(self.timeout, self.deadline - time.monotonic())
+            patience = min(self.timeout / 2 if event == WRITE and left is None else self.timeout, self.deadline - time.monotonic())
             try:
                 if patience <= 0:
                     raise socket.timeout
@@ -816,6 +824,9 @@ class Wire:
             except (BlockingIOError, InterruptedError):
                 pass
             except socket.timeout:
+                left, before = unsent(self.sock), left
+                if event == WRITE and self.deadline == math.inf and (before is None or left < before):
+                    continue        # slow but steady: a socket is writable again only when much of its queue is gone
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
                                else "a header took longer than %g seconds" % HEADER_TIME) from None
             except OSError as error:
@@ -1160,16 +1171,28 @@ class Session:
         view, filled = memoryview(bytearray(min(CHUNK, self.payload))), 0
         try:
             while self.payload:
-                count = await self.wire.read_into(view[filled:filled + self.payload])
+                count = await self.read_for(WRITE_TIME if filled else math.inf, view[filled:filled + self.payload])
                 self.payload -= count
                 filled += count
-                if filled == len(view) or not self.payload:
+                if filled == len(view) or not self.payload or not count:
                     piece, filled = view[:filled], 0
                     await may_block()
                     upload.write(piece)
         finally:
             if filled:              # what came before a connection broke needn't come again
                 upload.write(view[:filled])
+
+    async def read_for(self, patience, view):
+        """Read into view; how many bytes came, 0 where none did for patience seconds."""
+        self.wire.deadline = time.monotonic() + patience
+        try:
+            return await self.wire.read_into(view)
+        except TimedOut:
+            if patience == math.inf:
+                raise
+            return 0
+        finally:
+            self.wire.deadline = math.inf
 
     # ---- classic ----
 
@@ -1339,16 +1362,15 @@ class Discovery:
 # ==== Backend: socketserver, a thread for each client =====================================================
 
 if hasattr(select, "poll"):
-    def wait_for(sock, event, timeout):
-        """Wait until one socket is ready; False after timeout seconds."""
+    def wait_for(sock, event, seconds):
+        """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
         poller = select.poll()
         poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
-        return bool(poller.poll(timeout * 1000))
+        return bool(poller.poll(seconds * 1000))
 else:
-    def wait_for(sock, event, timeout):
-        """Wait until one socket is ready; False after timeout seconds."""
-        socks = [sock]
-        return any(select.select(socks if event == READ else [], socks if event == WRITE else [], socks, timeout))
+    def wait_for(sock, event, seconds):
+        """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
+        return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
 
 
 class FtpHandler(socketserver.BaseRequestHandler):
@@ -1360,8 +1382,8 @@ class FtpHandler(socketserver.BaseRequestHandler):
         steps = session.run()
         try:
             wait = steps.send(None)
-            while True:
-                if wait is None or wait_for(*wait):         # None: what comes may block; a thread may
+            while wait or not service.stopping:             # None: what comes may block, as a thread may
+                if wait is None or wait_for(*wait):
                     wait = steps.send(None)
                 else:
                     wait = steps.throw(socket.timeout())
@@ -1468,10 +1490,12 @@ class Workers:
         if start:
             try:
                 threading.Thread(target=self.work, daemon=True).start()
-            except RuntimeError:                            # no thread to be had: those there are will do it
+            except RuntimeError as error:                   # no thread to be had: those there are will do it
+                LOG.error("no new thread: %s", error)
                 self.threads -= 1
                 if not self.threads:
-                    raise
+                    function, argument = self.jobs.get()
+                    function(argument)                      # or else this one: slow, but not at an end
 
     def work(self):
         while True:
@@ -1522,6 +1546,7 @@ class SelectFtpServer:
         self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
         self.sel.register(self.socket, READ, self.accept)
+        self.discovery_socket = socket.socket(family, socket.SOCK_DGRAM)
         self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop
         self.bell.setblocking(False)
         self.button.setblocking(False)
@@ -1529,15 +1554,10 @@ class SelectFtpServer:
 
     def start_discovery(self):
         """Answer on the UDP port of the same number too: one more socket in the same loop."""
-        udp = socket.socket(self.socket.family, socket.SOCK_DGRAM)
-        try:
-            udp.bind(self.server_address)
-        except OSError:
-            udp.close()
-            raise
-        udp.setblocking(False)
+        self.discovery_socket.bind(self.server_address)
+        self.discovery_socket.setblocking(False)
         self.discovery = Discovery(self.service, self.server_address[1])
-        self.sel.register(udp, READ, self.discover)
+        self.sel.register(self.discovery_socket, READ, self.discover)
 
     def discover(self, sock, mask):
         """Callback of the discovery socket."""
@@ -1582,11 +1602,11 @@ class SelectFtpServer:
     def wait(self, task, wait):
         """Note what a session waits for: a worker (None), a socket, or nothing any more."""
         task.deadline = math.inf
-        if wait is None:
+        if wait == "done" or wait is None and self.service.stopping:
+            self.close(task)
+        elif wait is None:
             task.away = True
             self.workers.submit(self.work, task)
-        elif wait == "done":
-            self.close(task)
         else:
             sock, event, timeout = wait
             if not task.event:
@@ -1600,9 +1620,9 @@ class SelectFtpServer:
     def work(self, task):
         """In a worker: run a session that may block, until it waits for its socket."""
         wait = task.advance()
-        while wait is None and not self.workers.jobs.qsize():
+        while wait is None and not self.workers.jobs.qsize() and not self.service.stopping:
             wait = task.advance()
-        if wait is None:            # others want a worker too: to the end of the queue
+        if wait is None and not self.service.stopping:      # others want a worker too: to the end of the queue
             return self.workers.submit(self.work, task)
         self.back.append((task, wait))
         with contextlib.suppress(BlockingIOError):          # full: the loop will wake anyway
@@ -1636,6 +1656,7 @@ class SelectFtpServer:
 
     def close(self, task):
         conn = task.sock
+        task.steps.close()
         if task.event:
             self.sel.unregister(conn)
         del self.dic[conn]
@@ -1650,6 +1671,10 @@ class SelectFtpServer:
         give_up = time.monotonic() + STOP_TIME
         while self.dic and time.monotonic() < give_up:
             self.turn()
+        if not self.dic:
+            for sock in [self.bell, self.button, self.discovery_socket]:
+                sock.close()
+            self.sel.close()
         return not self.dic
 
 
