@@ -195,14 +195,23 @@ def storable(part, windows=os.name == "nt"):
         else WINDOWS_UNSAFE.sub("_", part)
 
 
-def to_disk(part):
-    """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
-    return part if os.name == "nt" else os.fsdecode(part.encode("utf-8"))
+if os.name == "nt" or sys.getfilesystemencoding().lower() == "utf-8":
+    def to_disk(part):
+        """The part as os functions take it."""
+        return part
 
+    def from_disk(name):
+        """The reverse of to_disk(). Raises ValueError for a name that is not Unicode."""
+        name.encode("utf-8")
+        return name
+else:
+    def to_disk(part):
+        """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
+        return os.fsdecode(part.encode("utf-8"))
 
-def from_disk(name):
-    """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
-    return name if os.name == "nt" else os.fsencode(name).decode("utf-8")
+    def from_disk(name):
+        """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
+        return os.fsencode(name).decode("utf-8")
 
 
 def numbered(name):
@@ -221,8 +230,10 @@ class Folder:
 
     Where the system has no descriptors of folders (Windows) the same calls take joined paths."""
 
+    __slots__ = ("path", "fd")
+
     def __init__(self, path, fd=None):
-        self.path = path
+        self.path = path            # None for one that was opened from another
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if fd is None and HAS_DIR_FD else fd
 
     def __enter__(self):
@@ -252,14 +263,14 @@ class Folder:
 
     def inner(self, part, make=False, sync=False):
         """Open a folder in this one; never through a link. make: create it if there is none."""
-        path = os.path.join(self.path, part)
         try:
             if self.fd is None:
+                path = self.at(part)
                 if not stat.S_ISDIR(os.lstat(path).st_mode) or os.path.realpath(path) != os.path.join(
                         os.path.realpath(self.path), part):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 return Folder(path)
-            return Folder(path, self.open(part, os.O_RDONLY | os.O_DIRECTORY))
+            return Folder(None, self.open(part, os.O_RDONLY | os.O_DIRECTORY))
         except FileNotFoundError:
             if not make:
                 raise
@@ -277,18 +288,12 @@ class Folder:
             os.fsync(self.fd)
 
 
-@contextlib.contextmanager
-def walk(root, parts, make=False, sync=False):
-    """Open the folder that parts lead to from the folder root, one step after the other."""
-    folder = Folder(root)
-    try:
-        for part in parts:
-            inner = folder.inner(part, make, sync)
-            folder.__exit__()
-            folder = inner
-        yield folder
-    finally:
-        folder.__exit__()
+def descend(folder, parts, make=False, sync=False):
+    """Open the folder that parts lead to from an open one, which is closed; step by step, never through a link."""
+    for part in parts:
+        with folder:
+            folder = folder.inner(part, make, sync)
+    return folder
 
 
 def lock(fd):
@@ -332,7 +337,8 @@ class Download:
         return offset + count
 
     def identity(self):
-        return tuple(getattr(self.stat, "st_" + key) for key in ("dev", "ino", "size", "mtime_ns", "ctime_ns"))
+        info = self.stat
+        return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
     def changed(self):
         """Tell whether somebody wrote to the file since it was opened.
@@ -418,9 +424,28 @@ class Upload:
                 undo.callback(storage.claims.release, ident)
             with Folder(storage.upload) as root:
                 self.folder = undo.enter_context(root.inner(PARTIAL, make=True))
+            self.target = self.open_target(undo)
             self.file = undo.enter_context(io.FileIO(self.open_partial(), "rb+"))
             self.undo = undo.pop_all()
         self.length = os.fstat(self.file.fileno()).st_size
+
+    def open_target(self, undo):
+        """The folder that the file goes to, or None where it is to be made; refuses now what can't be stored later."""
+        try:
+            target = undo.enter_context(descend(Folder(self.storage.upload), self.parts[:-1]))
+        except FileNotFoundError:
+            return None
+        if target.fd is not None and not os.access(".", os.W_OK | os.X_OK, dir_fd=target.fd):
+            raise Denied("no right to write there")
+        if self.storage.overwrite:
+            self.check_replaceable(target, self.parts[-1])
+        return target
+
+    @staticmethod
+    def check_replaceable(folder, name):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(folder.stat(name).st_mode):
+                raise NotAFile("what has that name is not a file")
 
     def open_partial(self):
         while True:
@@ -502,14 +527,15 @@ class Upload:
             os.fsync(self.file.fileno())
         if os.name == "nt":
             self.file.close()
-        with walk(self.storage.upload, self.parts[:-1], make=True, sync=self.storage.fsync) as folder:
-            for name in [self.parts[-1]] if self.storage.overwrite else numbered(self.parts[-1]):
-                if self.rename(folder, name):
-                    folder.sync(self.storage.fsync)
-                    return self.stored_as(name), False
-                if (yield from self.same(folder, name)):
-                    self.discard()
-                    return self.stored_as(name), True
+        if not self.target:
+            self.target = self.undo.enter_context(descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync))
+        for name in [self.parts[-1]] if self.storage.overwrite else numbered(self.parts[-1]):
+            if self.rename(self.target, name):
+                self.target.sync(self.storage.fsync)
+                return self.stored_as(name), False
+            if (yield from self.same(self.target, name)):
+                self.discard()
+                return self.stored_as(name), True
 
     def stored_as(self, name):
         return "/".join(self.parts[:-1] + [name])
@@ -519,7 +545,7 @@ class Upload:
         source, target = self.folder.at(self.partial), folder.at(name)
         where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": folder.fd}
         if self.storage.overwrite:
-            self.storage.check_replaceable(folder, name)
+            self.check_replaceable(folder, name)
             os.replace(source, target, **where)
             self.partial = None
             return True
@@ -569,7 +595,7 @@ class Storage:
         """Open a regular file of the download folder. Raises Refusal or OSError."""
         *parents, last = split_name(name)
         try:
-            with walk(self.download, parents) as folder:
+            with descend(Folder(self.download), parents) as folder:
                 fd = folder.open(last, os.O_RDONLY)
         except NotADirectoryError:
             raise NotFound("no such file") from None
@@ -596,7 +622,7 @@ class Storage:
         while todo:
             parts = todo.pop()
             inside = []
-            with walk(self.download, parts) as folder:
+            with descend(Folder(self.download), parts) as folder:
                 for count, name in enumerate(folder.names()):
                     if count % 1000 == 0:
                         yield
@@ -617,7 +643,6 @@ class Storage:
         parts = split_name(name)
         if self.max_size is not None and size > self.max_size:
             raise TooLarge("%d bytes, and at most %d are taken here" % (size, self.max_size))
-        self.check_target(parts)
         if time.monotonic() > self.next_sweep:
             self.sweep()
         upload = Upload(self, parts, size, ident, cut)
@@ -626,25 +651,10 @@ class Storage:
             raise DiskFull("no room for %d bytes" % size)
         return upload
 
-    def check_target(self, parts):
-        """Refuse before the payload what publish() would refuse after it."""
-        with contextlib.suppress(FileNotFoundError):    # publish() makes the folders
-            with walk(self.upload, parts[:-1]) as folder:
-                if HAS_DIR_FD and not os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd):
-                    raise Denied("no right to write there")
-                if self.overwrite:
-                    self.check_replaceable(folder, parts[-1])
-
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
-        with walk(self.upload, split_name(name), make=True, sync=self.fsync):
+        with descend(Folder(self.upload), split_name(name), make=True, sync=self.fsync):
             pass
-
-    @staticmethod
-    def check_replaceable(folder, name):
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(folder.stat(name).st_mode):
-                raise NotAFile("what has that name is not a file")
 
     def sweep(self):
         """Remove the partial files that nobody has touched for a day."""
@@ -693,8 +703,9 @@ def encode(message):
 
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
-    if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
-        raise BadMessage("nested too deeply")       # the parser recurses, and a thread's stack is small
+    if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
+        if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
+            raise BadMessage("nested too deeply")
     try:
         message = DECODER.decode(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -1904,6 +1915,8 @@ def set_up_log(options):
         handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
         LOG.addHandler(handler)
     LOG.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+    logging.logThreads = logging.logProcesses = False
+    logging._srcfile = None                                 # the manual's way to save the search for the caller
     logging.raiseExceptions = False                         # a closed terminal must not end transfers
 
 
