@@ -121,14 +121,23 @@ def storable(part, windows=os.name == "nt"):
         else WINDOWS_UNSAFE.sub("_", part)
 
 
-def to_disk(part):
-    """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
-    return part if os.name == "nt" else os.fsdecode(part.encode("utf-8"))
+if os.name == "nt" or sys.getfilesystemencoding().lower() == "utf-8":
+    def to_disk(part):
+        """The part as os functions take it."""
+        return part
 
+    def from_disk(name):
+        """The reverse of to_disk(). Raises ValueError for a name that is not Unicode."""
+        name.encode("utf-8")
+        return name
+else:
+    def to_disk(part):
+        """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
+        return os.fsdecode(part.encode("utf-8"))
 
-def from_disk(name):
-    """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
-    return name if os.name == "nt" else os.fsencode(name).decode("utf-8")
+    def from_disk(name):
+        """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
+        return os.fsencode(name).decode("utf-8")
 
 
 def numbered(name):
@@ -177,8 +186,9 @@ def encode(message):
 
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
-    if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
-        raise BadMessage("nested too deeply")       # the parser recurses, and a thread's stack is small
+    if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
+        if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
+            raise BadMessage("nested too deeply")
     try:
         message = DECODER.decode(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
