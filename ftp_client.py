@@ -27,13 +27,10 @@ import math
 import os
 import re
 import select
-import shlex
 import socket
 import stat
-import subprocess
 import sys
 import time
-import unicodedata
 
 try:
     import fcntl
@@ -50,6 +47,7 @@ SMALL = 1 << 18            # bytes up to which a file is sent at once, without a
 WINDOW = 128               # requests sent before the first is answered, at most
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 HASH_RATE = 5e6            # bytes a second that a server hashes at least: so long we wait for its answer
+CLASSIC_RATE = 5e6         # bytes a second that the original server reads at least: so long we wait for it to close
 FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a broken connection
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
@@ -544,6 +542,11 @@ class Job:
         self.done += count
         self.client.bar.add(self, count)
 
+    def resize(self, size):
+        """Note the size, which was a guess before."""
+        self.client.bar.size += size - self.size
+        self.size = size
+
     def went_on_at(self, offset):
         """Note the offset that both sides agreed on."""
         if offset > self.furthest:
@@ -565,7 +568,7 @@ class Put(Job):
         with open_source(self.path) as file:
             self.client.step("put %s: the server gets name and size first, then the bytes" % self.label)
             before = state(file)
-            self.size = before[0]
+            self.resize(before[0])
             mtime = os.fstat(file.fileno()).st_mtime
             if self.size <= SMALL:
                 self.send_small(file, before, mtime)
@@ -588,7 +591,8 @@ class Put(Job):
         self.progress(len(data))
 
     def last_line(self, digest):
-        self.client.link.request(sha256=digest.hexdigest() if digest and self.client.verify else None)
+        self.sha256 = digest.hexdigest() if digest and self.client.verify else None
+        self.client.link.request(sha256=self.sha256)
 
     def send_large(self, file, before, mtime):
         ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(before)])
@@ -659,9 +663,9 @@ class Put(Job):
 
     def finish(self):
         answer = self.client.link.answer(self.size / HASH_RATE)
-        stored, size, duplicate = fields(answer, "name", "size", "duplicate")
-        if size != self.size:
-            raise BadMessage("%d bytes stored of %d" % (size, self.size))
+        stored, size, sha256, duplicate = fields(answer, "name", "size", "sha256", "duplicate")
+        if size != self.size or (sha256 and sha256.lower()) != self.sha256:
+            raise BadMessage("it stored something else than what was sent")
         self.outcome = "already there as %s" % stored if duplicate else "stored as %s" % stored
 
     def classic(self):
@@ -670,7 +674,7 @@ class Put(Job):
             raise Failed("the classic dialect can't send a name with |")
         with open_source(self.path) as file:
             before = state(file)
-            self.size = before[0]
+            self.resize(before[0])
             link = self.client.link
             link.send(self.client.text("->", "put|%s|%d" % (self.name, self.size)))
             if self.client.classic_answer(rb"OK") is None:
@@ -681,6 +685,8 @@ class Put(Job):
             if state(file) != before:
                 raise Failed("the file changed while it was sent: what the server has is a mixture")
             link.sock.shutdown(socket.SHUT_WR)
+            # The original drops what it hasn't read of one connection when the next one asks; some close when done.
+            wait_for(link.sock, READ, 0.5 + self.size / CLASSIC_RATE)
         self.outcome = "sent (the classic dialect doesn't tell whether it was stored)"
 
 
@@ -732,7 +738,8 @@ class Get(Job):
     def finish(self):
         link = self.client.link
         asked, digest = self.hint
-        self.size, offset, mtime = fields(link.answer(asked / HASH_RATE), "size", "offset", "mtime")
+        size, offset, mtime = fields(link.answer(asked / HASH_RATE), "size", "offset", "mtime")
+        self.resize(size)
         if offset not in (0, asked) or offset > self.size:
             raise BadMessage("an offset that was not asked for")
         if not offset:
@@ -798,7 +805,7 @@ class Get(Job):
         match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0")
         if match is None or match.group(1) is None:
             raise Refusal("the server has no such file" if match else "the server answered nonsense")
-        self.size = int(match.group(1))
+        self.resize(int(match.group(1)))
         link.send(self.client.text("->", "second_active"))
         link.flush()
         self.client.payload("<-", self.size)
@@ -1125,6 +1132,7 @@ def human(count):
 
 def columns(text):
     """How many columns of a terminal a text takes: East Asian characters take two."""
+    import unicodedata          # here and elsewhere below: what few runs need is loaded only by those
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in text)
 
 
@@ -1184,20 +1192,22 @@ class Usage(Exception):
     """A command that is typed wrong; str() is its line of help."""
 
 
-def options_of(command, args, letters):
-    """Split a command's words into ({"-r": …}, names). Raises Usage."""
+def parse_command(words):
+    """Split the words of a command into (function, {"-r": …}, names). Raises Usage."""
+    if words[0] not in COMMANDS:
+        raise Usage("no command %s; help lists them" % words[0])
+    function, letters, least, most = COMMANDS[words[0]]
     try:
-        found, names = getopt.gnu_getopt(args, letters)
+        options, names = getopt.gnu_getopt(words[1:], letters)
+        if not least <= len(names) <= most:
+            raise getopt.GetoptError("too few names" if len(names) < least else "too many names")
     except getopt.GetoptError as error:
-        raise Usage("%s; usage: %s" % (error, COMMANDS[command][1])) from None
-    return dict(found), names
+        raise Usage("%s; usage: %s" % (error, function.__doc__)) from None
+    return function, dict(options), names
 
 
-def do_put(client, args):
+def do_put(client, options, names):
     """put FILE... [-r]             send files; -r: folders too"""
-    options, names = options_of("put", args, "r")
-    if not names:
-        raise Usage("usage: " + COMMANDS["put"][1])
     jobs, wrong = [], 0
     for name in names:
         found = [name] if os.path.lexists(name) else sorted(glob.glob(os.path.expanduser(name)))
@@ -1248,12 +1258,11 @@ def remote_name(path):
     return "/".join(from_disk(part) for part in path.split(os.sep))
 
 
-def do_get(client, args):
+def do_get(client, options, names):
     """get NAME... [-r] [-f] [-o PATH]   fetch files; -r: folders too, -f: replace, -o: under that name or into that folder"""
-    options, names = options_of("get", args, "rfo:")
     out = os.path.expanduser(options.get("-o", ""))
-    if not names or len(names) > 1 and out and not os.path.isdir(out):
-        raise Usage("usage: " + COMMANDS["get"][1] if not names else "-o must name a folder that exists, for several files")
+    if len(names) > 1 and out and not os.path.isdir(out):
+        raise Usage("-o must name a folder that exists, for several files")
     jobs, wrong = [], 0
     for name in names:
         try:
@@ -1307,11 +1316,9 @@ def add_folder(client, name, options, out, jobs):
     return well
 
 
-def do_ls(client, args):
+def do_ls(client, options, names):
     """ls [PATH]                    what the server has"""
-    if len(args) > 1:
-        raise Usage("usage: " + COMMANDS["ls"][1])
-    path = args[0].rstrip("/") if args else ""
+    path = names[0].rstrip("/") if names else ""
     show_entries(client.ls("" if path == "." else path))
     return True
 
@@ -1323,20 +1330,16 @@ def show_entries(entries):
         say("%14s  %s  %s" % (size, when, entry["name"]))
 
 
-def do_lcd(client, args):
+def do_lcd(client, options, names):
     """lcd [DIR]                    go to a folder on this machine"""
-    if len(args) > 1:
-        raise Usage("usage: " + COMMANDS["lcd"][1])
-    os.chdir(os.path.expanduser(args[0] if args else "~"))
+    os.chdir(os.path.expanduser(names[0] if names else "~"))
     say(os.getcwd())
     return True
 
 
-def do_lls(client, args):
+def do_lls(client, options, names):
     """lls [DIR]                    what is in a folder on this machine"""
-    if len(args) > 1:
-        raise Usage("usage: " + COMMANDS["lls"][1])
-    folder = os.path.expanduser(args[0] if args else ".")
+    folder = os.path.expanduser(names[0] if names else ".")
     entries = []
     for name in sorted(os.listdir(folder)):
         with contextlib.suppress(FileNotFoundError):
@@ -1347,26 +1350,29 @@ def do_lls(client, args):
     return True
 
 
-def do_help(client, args):
+def do_help(client, options, names):
     """help [COMMAND]               this list; ? is short for it"""
-    for name in args or COMMANDS:
+    for name in names or ["put", "get", "ls", "lcd", "lls", "help"]:
         if name not in COMMANDS:
             raise Usage("no command %s; help lists them" % name)
-        say(COMMANDS[name][1])
-    if not args:
+        say(COMMANDS[name][0].__doc__)
+    if not names:
         say("!COMMAND                       run a command of this machine's shell")
         say("exit() exit quit bye           leave; so does Ctrl-D")
     return True
 
 
-COMMANDS = {function.__name__[3:]: (function, function.__doc__) for function in (do_put, do_get, do_ls, do_lcd, do_lls, do_help)}
-COMMANDS["?"] = COMMANDS["help"]
+COMMANDS = {                # word: (function, letters of its options, fewest and most names)
+    "put": (do_put, "r", 1, math.inf), "get": (do_get, "rfo:", 1, math.inf), "ls": (do_ls, "", 0, 1),
+    "lcd": (do_lcd, "", 0, 1), "lls": (do_lls, "", 0, 1), "help": (do_help, "", 0, 1), "?": (do_help, "", 0, 1),
+}
 LEAVE = ("exit()", "exit", "quit", "bye")
 WILD = re.compile(r"[*?\[]")
 
 
 def split_words(line):
     """Split a line into words; quotes hold one together, a backslash is just a character (Windows paths)."""
+    import shlex
     words = shlex.shlex(line, posix=True)
     words.whitespace_split, words.escape, words.commenters = True, "", ""
     try:
@@ -1378,9 +1384,8 @@ def split_words(line):
 def run_command(client, words):
     """Run one command; True where all went well. Whatever fails is one line, on stderr."""
     try:
-        if words[0] not in COMMANDS:
-            raise Usage("no command %s; help lists them" % words[0])
-        return COMMANDS[words[0]][0](client, words[1:])
+        function, options, names = parse_command(words)
+        return function(client, options, names)
     except (Usage, Refusal, Failed, Unreachable) as error:
         note(str(error))
     except (BadMessage, Broken) as error:
@@ -1401,7 +1406,7 @@ def command_fanout(client):
             if line in LEAVE:
                 return
             if line.startswith("!"):
-                subprocess.call(line[1:], shell=True)
+                os.system(line[1:])
             elif line:
                 run_command(client, split_words(line))
         except Usage as error:
@@ -1533,8 +1538,11 @@ def parse_args(argv=None):
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     options.command = words[2:]
-    if options.command and options.command[0] not in COMMANDS:
-        parser.error("no command %s; there are: %s" % (options.command[0], " ".join(COMMANDS)))
+    try:
+        if options.command:
+            parse_command(options.command)
+    except Usage as error:
+        parser.exit(2, "ftp_client.py: %s\n" % printable(str(error)))
     options.bar = sys.stderr is not None and sys.stderr.isatty() and not options.quiet
     return options
 
@@ -1548,7 +1556,7 @@ def main(argv=None):
         if not options.command or options.command[0] in ("put", "get", "ls"):
             client.create_socket()
         if options.command:
-            return one_shot(client, options.command)
+            return 0 if run_command(client, options.command) else 1
         if not options.quiet:
             say("connected to %s port %d; help lists the commands" % client.port)
         command_fanout(client)
@@ -1561,17 +1569,6 @@ def main(argv=None):
         return 130
     finally:
         client.close()
-
-
-def one_shot(client, words):
-    """Run the command of the command line; the exit code: 0 all done, 1 something failed, 2 typed wrong."""
-    try:
-        if words[0] in ("put", "get"):
-            options_of(words[0], words[1:], "r" if words[0] == "put" else "rfo:")
-    except Usage as error:
-        note(str(error))
-        return 2
-    return 0 if run_command(client, words) else 1
 
 
 if __name__ == "__main__":

@@ -1550,14 +1550,9 @@ class SelectFtpServer:
         self.create_socket(family, address)
 
     def create_socket(self, family, address):
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
-        tune_listener(self.socket, address[0] == "::")
-        self.socket.bind(address)
-        self.socket.listen(BACKLOG)
-        self.socket.setblocking(False)
+        self.socket = self.add_socket(family, socket.SOCK_STREAM, address, self.accept)
         self.server_address = self.socket.getsockname()
-        self.sel.register(self.socket, READ, self.accept)
-        self.discovery_socket = socket.socket(family, socket.SOCK_DGRAM)
+        self.socket.listen(BACKLOG)
         self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop
         self.bell.setblocking(False)
         self.button.setblocking(False)
@@ -1565,10 +1560,8 @@ class SelectFtpServer:
 
     def start_discovery(self):
         """Answer on the UDP port of the same number too: one more socket in the same loop."""
-        self.discovery_socket.bind(self.server_address)
-        self.discovery_socket.setblocking(False)
         self.discovery = Discovery(self.service, self.server_address[1])
-        self.sel.register(self.discovery_socket, READ, self.discover)
+        self.add_socket(self.socket.family, socket.SOCK_DGRAM, self.server_address, self.discover)
 
     def discover(self, sock, mask):
         """Callback of the discovery socket."""
@@ -1577,6 +1570,20 @@ class SelectFtpServer:
             answer = self.discovery.answer(data)
             if answer:
                 sock.sendto(answer, address)
+
+    def add_socket(self, family, kind, address, callback):
+        """Bind a socket and wait for what arrives at it."""
+        sock = socket.socket(family, kind)
+        try:
+            if kind == socket.SOCK_STREAM:
+                tune_listener(sock, address[0] == "::")
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+        sock.setblocking(False)
+        self.sel.register(sock, READ, callback)
+        return sock
 
     def serve_forever(self):
         while not self.service.stopping:
@@ -1682,11 +1689,12 @@ class SelectFtpServer:
         give_up = time.monotonic() + STOP_TIME
         while self.dic and time.monotonic() < give_up:
             self.turn()
-        if not self.dic:
-            for sock in [self.bell, self.button, self.discovery_socket]:
-                sock.close()
-            self.sel.close()
-        return not self.dic
+        if self.dic:
+            return False
+        for sock in [key.fileobj for key in self.sel.get_map().values()] + [self.button]:
+            sock.close()
+        self.sel.close()
+        return True
 
 
 MODES = {"selectors": SelectFtpServer, "socketserver": ThreadFtpServer}
