@@ -155,7 +155,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 NESTING_LIMIT = 100
 NESTING = re.compile(rb"[\[{]")
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search would start again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -1079,19 +1079,22 @@ def advice(error, address, timeout):
 
 # ==== Discovery: which servers are there? ===================================================================
 
-def find_servers(address, port_number):
+def find_servers(address, port_number, explain):
     """Ask by one UDP datagram, wait FIND_TIME; the answers: a list of (address, port, mode, host name)."""
     family, _, _, _, target = socket.getaddrinfo(address, port_number, type=socket.SOCK_DGRAM)[0]
     found, limit = set(), time.monotonic() + FIND_TIME
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         if family == socket.AF_INET:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        sock.sendto(encode({"cmd": "discover"}).ljust(FIND_SIZE), target)
+        request = encode({"cmd": "discover"}).ljust(FIND_SIZE)
+        explain("-> %s, padded to %d bytes" % (request.decode("ascii").strip(), len(request)))
+        sock.sendto(request, target)
         while len(found) < 1000 and time.monotonic() < limit:
             sock.settimeout(max(0.001, limit - time.monotonic()))
             try:
                 data, sender = sock.recvfrom(CHUNK)
                 answer = decode(data)
+                explain("<- %s from %s" % (json.dumps(answer), sender[0]))
             except socket.timeout:
                 break
             except (OSError, BadMessage):           # on Windows an unreachable port ends up here
@@ -1105,7 +1108,7 @@ def find_servers(address, port_number):
 def show_servers(options):
     """Print the servers that answer and how to reach each; the exit code."""
     try:
-        found = find_servers(options.find, options.port)
+        found = find_servers(options.find, options.port, note if options.explain else lambda text: None)
     except (OSError, UnicodeError) as error:
         note("can't ask %s: %s" % (options.find, error.strerror if isinstance(error, OSError) else error))
         return 1
@@ -1482,7 +1485,8 @@ def say(text, stream=None):
     """Print a line, also where the terminal's encoding lacks its characters."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "ascii"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
+    stream.flush()
 
 
 def note(text):

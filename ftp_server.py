@@ -646,9 +646,12 @@ class Storage:
         if time.monotonic() > self.next_sweep:
             self.sweep()
         upload = Upload(self, parts, size, ident, cut)
-        if shutil.disk_usage(self.upload).free < size - upload.length:
+        try:
+            if shutil.disk_usage(self.upload).free < size - upload.length:
+                raise DiskFull("no room for %d bytes" % size)
+        except BaseException:
             upload.__exit__()
-            raise DiskFull("no room for %d bytes" % size)
+            raise
         return upload
 
     def make_folder(self, name):
@@ -674,7 +677,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 NESTING_LIMIT = 100
 NESTING = re.compile(rb"[\[{]")
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search would start again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -959,15 +962,17 @@ class Session:
             while await self.do_request():
                 pass
             await self.wire.linger()
-        except (Gone, TimedOut) as why:
+        except (Gone, Refusal) as why:
             LOG.info("%s left: %s", self.peer, why)
         finally:
             self.drop_resumed()
 
     async def do_request(self):
         """Serve one request, whatever happens; True where the conversation can go on."""
-        self.payload, self.answering = None, False
         try:
+            if self.payload is not None and not await self.skip_payload():
+                return False
+            self.payload, self.answering = None, False
             first = await self.wire.peek()
             self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
             await (self.do_framed() if self.framed else self.do_classic())
@@ -990,19 +995,19 @@ class Session:
                 raise refusal       # a peer that doesn't read
             return False            # no way to say it but to close before the end
         await self.wire.send(encode({"ok": False, "code": refusal.code, "error": str(refusal)}))
-        if refusal.closes or self.payload is not None and self.payload > SKIP_LIMIT:
-            return False
-        if self.payload is not None:
-            await self.skip_payload()
-        return True
+        return not refusal.closes and (self.payload or 0) <= SKIP_LIMIT
 
     async def skip_payload(self):
-        """Read past what is still to come of a refused put."""
+        """Read past what is still to come of a refused put; False where that has no end."""
         await self.wire.flush()
         view = memoryview(bytearray(CHUNK))
-        while self.payload:
-            self.payload -= await self.wire.read_into(view[:self.payload])
-        await self.wire.read_line()
+        try:
+            while self.payload:
+                self.payload -= await self.wire.read_into(view[:self.payload])
+            await self.wire.read_line()
+            return True
+        except Refusal:             # the put has its answer already
+            return False
 
     @contextlib.contextmanager
     def logged(self, verb, name, file):
@@ -1400,6 +1405,8 @@ class FtpHandler(socketserver.BaseRequestHandler):
                     wait = steps.throw(socket.timeout())
         except StopIteration:
             pass
+        except Exception:
+            LOG.exception("%s bug", session.peer)
         finally:
             steps.close()
             service.farewell(session)
@@ -1422,6 +1429,17 @@ class Stoppable:
             super().serve_forever(poll_interval)
 
 
+    def process_request(self, request, client_address):
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            LOG.error("no thread for %s: %s", address_text(client_address), error)
+            self.no_thread(request)
+
+    def no_thread(self, request):
+        """Do what can be done for a request that gets no thread."""
+
+
 class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
     """The link loop: accepts connections and starts a thread with a handler for each."""
     request_queue_size = BACKLOG
@@ -1441,12 +1459,8 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
             raise OSError("no connection")                  # socketserver goes on with the next
         return taken
 
-    def process_request(self, request, client_address):
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:                       # no thread to be had
-            LOG.error("can't serve %s: %s", address_text(client_address), error)
-            turn_away(request)
+    def no_thread(self, request):
+        turn_away(request)
 
     def start_discovery(self):
         """Answer on the UDP port of the same number too, from a link loop of its own."""
@@ -1534,6 +1548,9 @@ class Task:
         try:
             return self.steps.throw(error) if error else self.steps.send(None)
         except StopIteration:
+            return "done"
+        except Exception:           # a bug ends its own session only
+            LOG.exception("%s bug", self.session.peer)
             return "done"
 
 
@@ -1706,7 +1723,8 @@ class Explainer:
     """Prints a line for each step of the loops, told by the interpreter's own profile hook: nothing here knows
     which methods there are, in which class Python finds them, or in what order they run."""
     NOTES = {                       # for what has no docstring
-        "get_request": "accepts: the new socket and the client's address", "handle": "talks with the client until one has enough",
+        "get_request": "accepts: the new socket and the client's address", "UDPServer.get_request":
+        "receives: the pair of a datagram and the server's socket, and the client's address", "handle": "talks with the client until one has enough",
         "setup": "what a handler does first", "finish": "what a handler does last", "select": "waits until a socket is ready",
         "register": "a socket to wait for, and what to call then", "modify": "another event to wait for on a socket",
         "unregister": "a socket not to wait for any more", "service_actions": "called every round; shown once",
@@ -1740,7 +1758,7 @@ class Explainer:
         elif isinstance(target, selectors.BaseSelector):
             self.selector_call(target, frame, event, result)
         elif event == "call" and frame.f_code in self.callbacks:
-            self.show_step("callback", target, frame)
+            self.show_step("callback", target, frame, type(target).__name__)
 
     def socketserver_call(self, target, frame):
         name, kinds, thread = frame.f_code.co_name, type(target).__mro__, threading.get_ident()
@@ -1760,7 +1778,7 @@ class Explainer:
         if event == "call" and name != "select":
             callback = frame.f_locals.get("data")
             self.callbacks.add(getattr(getattr(callback, "__func__", None), "__code__", None))
-            self.show_step("event loop", target, frame, getattr(callback, "__name__", ""), repeat=False)
+            self.show_step("event loop", target, frame, getattr(callback, "__name__", "fd %s" % frame.f_locals.get("fileobj")), False)
         elif event == "return" and name == "select" and result:
             self.show_step("event loop", target, frame, "%d ready" % len(result), repeat=False)
 
@@ -1781,7 +1799,7 @@ class Explainer:
             self.skipped += 1
             return
         if self.skipped:
-            say("explain: … the same again, %d lines" % self.skipped, sys.stderr)
+            say("explain: … the same again: %d more" % self.skipped, sys.stderr)
             self.skipped = 0
         self.recent.append(line)
         say("explain: " + line, sys.stderr)
@@ -1806,7 +1824,8 @@ def say(text, stream=None):
     """Print a line, also where the terminal's encoding lacks its characters."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "ascii"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
+    stream.flush()
 
 
 def address_text(address):
@@ -1976,8 +1995,8 @@ def main(argv=None):
     if not options.no_discovery:
         try:
             server.start_discovery()
-        except OSError as error:
-            LOG.warning("no discovery: UDP port %d: %s", server.server_address[1], error.strerror)
+        except (OSError, RuntimeError) as error:
+            LOG.warning("no discovery on UDP port %d: %s", server.server_address[1], error)
     server.serve_forever()
     if not server.stop():           # a thread hangs on a disk: leave without it
         LOG.warning("stopped; what was under way goes on as partial files")
