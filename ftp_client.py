@@ -41,6 +41,7 @@ except ImportError:  # Windows
 VERSION = "1.0"
 PORT = 8885                # the original's
 CHUNK = 1 << 18            # bytes read from a file or a socket at a time
+RECEIVE = 1 << 20          # bytes taken off the socket at a time
 JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
@@ -772,7 +773,7 @@ class Get(Job):
         self.target.file.seek(offset)
 
     def receive(self, offset, digest):
-        view = memoryview(bytearray(min(CHUNK, self.size - offset)))
+        view = memoryview(bytearray(min(RECEIVE, self.size - offset)))
         while offset < self.size:
             count = self.client.link.read_into(view[:self.size - offset])
             write_all(self.target.file, view[:count])

@@ -62,7 +62,9 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
-SLICE = 1 << 16            # bytes sent to one client before the others have their turn
+RECEIVE = 1 << 20          # bytes of an upload that are collected before they are written
+SLICE = 1 << 16            # bytes sent to one client before the others have their turn, if these are many
+TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 22       # bytes hashed or compared between two chances for others to go first
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
@@ -917,7 +919,7 @@ class Wire:
         """Send at most count bytes of a raw file from offset on by sendfile(2); how many, 0 behind its end."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, os.sendfile, self.sock.fileno(), file.fileno(), offset, min(SLICE, count))
+        return await self.attempt(WRITE, os.sendfile, self.sock.fileno(), file.fileno(), offset, count)
 
     async def linger(self):
         """Let the peer read the last answer before the socket goes: unread bytes would make that a reset."""
@@ -1097,7 +1099,7 @@ class Session:
         digest = (download.digest or hashlib.sha256()) if verify and not known else None
         if digest is None and stop - offset > JOIN and hasattr(os, "sendfile"):
             while offset < stop:
-                sent = await self.wire.send_from(download.file, offset, stop - offset)
+                sent = await self.wire.send_from(download.file, offset, min(stop - offset, self.service.slice()))
                 offset = download.advance(offset, sent)
         else:
             await self.send_read(download, offset, stop, digest)
@@ -1184,7 +1186,7 @@ class Session:
 
     async def receive(self, upload):
         """Move the payload from the wire into the upload."""
-        view, filled = memoryview(bytearray(min(CHUNK, self.payload))), 0
+        view, filled = memoryview(bytearray(min(RECEIVE, self.payload))), 0
         try:
             while self.payload:
                 count = await self.read_for(WRITE_TIME if filled else math.inf, view[filled:filled + self.payload])
@@ -1301,6 +1303,11 @@ class Service:
         with self.left:
             self.sessions.discard(session)
             self.left.notify_all()
+
+    def slice(self):
+        """Bytes that one session may send at a time: small slices of many keep the receivers' data in the processor's
+        cache, and nobody waiting."""
+        return max(SLICE, TURN // max(1, len(self.sessions)))
 
     def cut_all(self):
         with self.left:
