@@ -436,6 +436,17 @@ def same_content(one, other):
     return False
 
 
+def sync_folder(path):
+    """Flush the names in a folder to disk; Windows can't and needn't."""
+    if os.name != "nt":
+        with contextlib.suppress(OSError):          # gone meanwhile: it was moved or removed on purpose
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
 class Target:
     """A file on its way in: a hidden partial file beside it, to which publish() gives the final name."""
 
@@ -448,10 +459,13 @@ class Target:
 
     def open(self):
         """Open the partial, made if need be, and lock it against other clients; how long it is."""
-        os.makedirs(self.folder or ".", exist_ok=True)
         while self.file is None:
             flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
-            file = io.FileIO(os.open(self.partial, flags, 0o666), "rb+")
+            try:
+                file = io.FileIO(os.open(self.partial, flags, 0o666), "rb+")
+            except FileNotFoundError:
+                os.makedirs(self.folder, exist_ok=True)
+                continue
             try:
                 if fcntl:
                     fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -489,12 +503,6 @@ class Target:
             with contextlib.suppress(OverflowError):    # a time that this system can't hold
                 os.utime(self.partial, ns=(int(mtime * 1e9),) * 2)
         stored, duplicate = self.rename(replace)
-        if os.name != "nt":
-            folder = os.open(self.folder or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
         self.file.close()
         self.file = None
         return stored, duplicate
@@ -791,6 +799,7 @@ class Get(Job):
 
     def store(self, mtime):
         path, duplicate = self.target.publish(mtime, self.replace)
+        self.client.folders.add(self.target.folder or ".")
         self.outcome = ("already here as %s" if duplicate else "saved as %s") % path
 
     def drop(self, keep=True):
@@ -903,7 +912,7 @@ class FtpClient:
 
     def run(self, jobs):
         """Do jobs, many of them under way at a time; go on after a failure. True where all went well."""
-        self.todo, self.failed, self.tries = collections.deque(jobs), [], 0
+        self.todo, self.failed, self.tries, self.folders = collections.deque(jobs), [], 0, set()
         start = time.monotonic()
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
         try:
@@ -924,6 +933,8 @@ class FtpClient:
             for job in self.todo:
                 job.drop()
             self.bar.clear()
+            for folder in self.folders:             # once for all files in it
+                sync_folder(folder)
         if len(jobs) > 1:
             self.summary(jobs, time.monotonic() - start)
         return not self.failed

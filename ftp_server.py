@@ -242,6 +242,9 @@ class Folder:
         return self
 
     def __exit__(self, *exc_info):
+        self.close()
+
+    def close(self):
         if self.fd is not None:
             os.close(self.fd)
 
@@ -419,29 +422,35 @@ class Upload:
     def __init__(self, storage, parts, size, ident, cut):
         self.storage, self.parts, self.size, self.ident = storage, parts, size, ident
         self.partial = ident or os.urandom(16).hex()
-        self.digest, self.moved, self.keep = None, 0, bool(ident)       # keep: for a resume
-        with contextlib.ExitStack() as undo:
-            if ident:
-                storage.claims.take(ident, cut)
-                undo.callback(storage.claims.release, ident)
-            with Folder(storage.upload) as root:
-                self.folder = undo.enter_context(root.inner(PARTIAL, make=True))
-            self.target = self.open_target(undo)
-            self.file = undo.enter_context(io.FileIO(self.open_partial(), "rb+"))
-            self.undo = undo.pop_all()
-        self.length = os.fstat(self.file.fileno()).st_size
-
-    def open_target(self, undo):
-        """The folder that the file goes to, or None where it is to be made; refuses now what can't be stored later."""
+        self.digest, self.moved, self.length = None, 0, 0
+        self.file = self.folder = self.target = None
+        self.keep = bool(ident)     # the partial, for a resume
+        if ident:
+            storage.claims.take(ident, cut)
         try:
-            target = undo.enter_context(descend(Folder(self.storage.upload), self.parts[:-1]))
-        except FileNotFoundError:
-            return None
-        if target.fd is not None and not os.access(".", os.W_OK | os.X_OK, dir_fd=target.fd):
-            raise Denied("no right to write there")
-        if self.storage.overwrite:
-            self.check_replaceable(target, self.parts[-1])
-        return target
+            self.open()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def open(self):
+        """Open the folders and the partial; refuse now what could not be stored later."""
+        root = Folder(self.storage.upload)
+        try:
+            self.folder = root.inner(PARTIAL, make=True)
+        except BaseException:
+            root.close()
+            raise
+        with contextlib.suppress(FileNotFoundError):            # publish() makes what is missing
+            self.target = descend(root, self.parts[:-1])
+            if self.target.fd is not None and not os.access(".", os.W_OK | os.X_OK, dir_fd=self.target.fd):
+                raise Denied("no right to write there")
+            if self.storage.overwrite:
+                self.check_replaceable(self.target, self.parts[-1])
+        self.file = io.FileIO(self.open_partial(), "rb+")
+        self.length = os.fstat(self.file.fileno()).st_size
+        if shutil.disk_usage(self.storage.upload).free < self.size - self.length:
+            raise DiskFull("no room for %d bytes" % self.size)
 
     @staticmethod
     def check_replaceable(folder, name):
@@ -472,10 +481,14 @@ class Upload:
 
     def __exit__(self, *exc_info):
         try:
-            if self.partial and not (self.keep and self.length):
+            if self.file and self.partial and not (self.keep and self.length):
                 self.discard()
         finally:
-            self.undo.close()       # the lock goes with the file, last
+            for opened in (self.file, self.folder, self.target):
+                if opened:
+                    opened.close()  # the lock goes with the file
+            if self.ident:
+                self.storage.claims.release(self.ident)
 
     def discard(self):
         partial, self.partial = self.partial, None
@@ -530,7 +543,7 @@ class Upload:
         if os.name == "nt":
             self.file.close()
         if not self.target:
-            self.target = self.undo.enter_context(descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync))
+            self.target = descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync)
         for name in [self.parts[-1]] if self.storage.overwrite else numbered(self.parts[-1]):
             if self.rename(self.target, name):
                 self.target.sync(self.storage.fsync)
@@ -647,14 +660,7 @@ class Storage:
             raise TooLarge("%d bytes, and at most %d are taken here" % (size, self.max_size))
         if time.monotonic() > self.next_sweep:
             self.sweep()
-        upload = Upload(self, parts, size, ident, cut)
-        try:
-            if shutil.disk_usage(self.upload).free < size - upload.length:
-                raise DiskFull("no room for %d bytes" % size)
-        except BaseException:
-            upload.__exit__()
-            raise
-        return upload
+        return Upload(self, parts, size, ident, cut)
 
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
@@ -978,6 +984,7 @@ class Session:
             first = await self.wire.peek()
             self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
             await (self.do_framed() if self.framed else self.do_classic())
+            self.payload = None
             return True
         except Refusal as refusal:
             return await self.refuse(refusal)
@@ -1186,6 +1193,10 @@ class Session:
 
     async def receive(self, upload):
         """Move the payload from the wire into the upload."""
+        if self.payload <= len(self.wire.ahead):        # a small file that is all here
+            await may_block()
+            upload.write(self.wire.take(self.payload))
+            self.payload = 0
         view, filled = memoryview(bytearray(min(RECEIVE, self.payload))), 0
         try:
             while self.payload:
