@@ -337,7 +337,7 @@ class Link:
         code, text = message.get("code"), message.get("error")
         if message.get("ok") is not False or not isinstance(code, str) or not isinstance(text, str):
             raise BadMessage("neither an answer nor an error")
-        if code == "timeout":
+        if code in ("timeout", "busy"):     # may be better in a moment
             raise Broken(text)
         raise Refusal("%s (%s)" % (text, code), code)
 
@@ -423,16 +423,14 @@ def write_all(file, view):
 
 
 def same_content(one, other):
-    """Tell whether two files hold the same bytes."""
-    with contextlib.suppress(OSError), open(one, "rb") as first, open(other, "rb") as second:
-        if not stat.S_ISREG(os.fstat(second.fileno()).st_mode) or os.path.getsize(one) != os.path.getsize(other):
-            return False
-        while True:
+    """Tell whether two local files hold the same bytes."""
+    with contextlib.suppress(Failed), open_source(one) as first, open_source(other) as second:
+        data = None if state(first)[0] == state(second)[0] else b""
+        while data is None or data:
             data = first.read(CHUNK)
             if data != second.read(CHUNK):
                 return False
-            if not data:
-                return True
+        return state(first)[0] == state(second)[0]
     return False
 
 
@@ -497,11 +495,11 @@ class Target:
     def publish(self, mtime, replace):
         """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
         os.fsync(self.file.fileno())
-        if os.name == "nt":
-            self.file.close()
         if mtime is not None:
             with contextlib.suppress(OverflowError):    # a time that this system can't hold
-                os.utime(self.partial, ns=(int(mtime * 1e9),) * 2)
+                os.utime(self.file.fileno() if os.utime in os.supports_fd else self.partial, ns=(int(mtime * 1e9),) * 2)
+        if os.name == "nt":
+            self.file.close()
         stored, duplicate = self.rename(replace)
         self.file.close()
         self.file = None
@@ -514,7 +512,7 @@ class Target:
         for name in numbered(from_disk(os.path.basename(self.path))):
             path = os.path.join(self.folder, to_disk(name))
             try:
-                os.link(self.partial, path)             # unlike a rename it never replaces anything
+                os.link(self.partial, path, follow_symlinks=os.link not in os.supports_follow_symlinks)     # never replaces
             except FileExistsError:
                 if not same_content(self.partial, path):
                     continue
@@ -569,9 +567,9 @@ class Put(Job):
 
     def __init__(self, client, path, name, size):
         super().__init__(client, name, size)
-        self.path, self.name = path, name
+        self.path, self.name = path, remote_name(name)
         self.alone = size > SMALL or client.classic
-        split_name(name)
+        self.hashed = None, None    # (offset, digest up to there)
 
     def ask(self):
         with open_source(self.path) as file:
@@ -579,6 +577,8 @@ class Put(Job):
             before = state(file)
             self.resize(before[0])
             mtime = os.fstat(file.fileno()).st_mtime
+            if self.size > SMALL and not self.alone:
+                raise Failed("the file grew meanwhile: try again")
             if self.size <= SMALL:
                 self.send_small(file, before, mtime)
             else:
@@ -622,7 +622,9 @@ class Put(Job):
         link.request(cmd="resume", name=self.name, size=self.size, id=ident)
         offset, sha256 = fields(link.answer(self.size / HASH_RATE), "offset", "sha256")
         if 0 < offset <= self.size:
-            digest = hash_file(file, offset)
+            if self.hashed[0] != offset:        # kept: the server may lose patience meanwhile, and the next try has it
+                self.hashed = offset, hash_file(file, offset)
+            digest = self.hashed[1].copy()
             if digest.hexdigest() == (sha256 or "").lower():
                 return offset, digest
         return 0, hashlib.sha256()
@@ -699,13 +701,19 @@ class Put(Job):
         self.outcome = "sent (the classic dialect doesn't tell whether it was stored)"
 
 
+def remote_name(path):
+    """The name on the wire for a relative local path. Raises BadName, ValueError."""
+    name = "/".join(from_disk(part) for part in path.split(os.sep))
+    split_name(name)
+    return name
+
+
 class MakeFolder(Job):
     """Make a folder on the server: an empty one, that no file would bring along."""
 
     def __init__(self, client, name):
         super().__init__(client, name, 0)
-        self.name = name
-        split_name(name)
+        self.name = remote_name(name)
 
     def ask(self):
         self.client.link.request(cmd="mkdir", name=self.name)
@@ -725,6 +733,8 @@ class Get(Job):
         super().__init__(client, name, size)
         self.name, self.target, self.replace = name, Target(path), replace
         self.hint = None            # (length, digest) of a local file that may be the same
+        self.hashed = None, None    # (its state, digest)
+        self.alone = max(size_of(self.target.partial), size_of(path)) > SMALL
         split_name(name)
 
     def ask(self):
@@ -732,17 +742,23 @@ class Get(Job):
         offset, digest = 0, None
         if self.target.file or os.path.lexists(self.target.partial):
             offset = self.target.open()
-            digest = hash_file(self.target.file, offset)
+            digest = self.hash_once(self.target.file)
         elif not self.replace and os.path.isfile(self.target.path):
             with contextlib.suppress(Failed), open_source(self.target.path) as file:
                 offset = os.fstat(file.fileno()).st_size
-                digest = hash_file(file, offset)
+                digest = self.hash_once(file)
         self.hint = offset, digest
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
         if not self.client.verify:
             more["verify"] = False
         self.client.step("get %s: the server tells the size, sends the bytes and last its hash" % self.label)
         self.client.link.request(cmd="get", name=self.name, **more)
+
+    def hash_once(self, file):
+        """The digest of a whole local file, kept: a server may lose patience meanwhile, and the next try has it."""
+        if self.hashed[0] != state(file):
+            self.hashed = state(file), hash_file(file, state(file)[0])
+        return self.hashed[1].copy()
 
     def finish(self):
         link = self.client.link
@@ -758,7 +774,9 @@ class Get(Job):
         here = offset and self.target.file is None          # the file under its own name is what goes on
         if here and offset == self.size:
             return self.already_there(link)
-        self.open_at(offset, here)
+        if here:
+            digest = self.copy_here(offset)
+        self.open_at(offset)
         self.receive(offset, digest if self.client.verify else None)
         self.check(link.answer(self.size / HASH_RATE), digest if self.client.verify else None)
         self.store(mtime)
@@ -767,18 +785,25 @@ class Get(Job):
         link.answer()
         self.outcome = "already here"
 
-    def open_at(self, offset, here):
+    def open_at(self, offset):
         """Make the partial ready for the byte at offset."""
         if self.target.file is None:
             self.target.open()
-        if here:
-            with open(self.target.path, "rb") as source:
-                self.target.file.seek(0)
-                self.target.file.truncate()
-                for data in iter(lambda: source.read(CHUNK), b""):
-                    write_all(self.target.file, data)
         self.target.file.truncate(offset)
         self.target.file.seek(offset)
+
+    def copy_here(self, offset):
+        """Start the partial with what is here under the final name; the digest of what was copied."""
+        self.open_at(0)
+        digest = hashlib.sha256()
+        with open_source(self.target.path) as source:
+            for start in range(0, offset, CHUNK):
+                data = source.read(min(CHUNK, offset - start))
+                digest.update(data)
+                write_all(self.target.file, data)
+        if self.target.file.tell() != offset:
+            raise Failed("the file here changed meanwhile: try again")
+        return digest
 
     def receive(self, offset, digest):
         view = memoryview(bytearray(min(RECEIVE, self.size - offset)))
@@ -820,7 +845,7 @@ class Get(Job):
         link.flush()
         self.client.payload("<-", self.size)
         self.went_on_at(0)
-        self.open_at(0, False)
+        self.open_at(0)
         self.receive(0, None)
         self.store(None)
 
@@ -842,6 +867,8 @@ class FtpClient:
 
     def create_socket(self):
         """Connect, and say hello in the framed dialect; to a server that hangs up on it, speak the classic one."""
+        if self.link and not self.under_way and self.link.answered():
+            self.close()                        # idle for too long: the server has said goodbye
         if self.link:
             return
         try:
@@ -1035,17 +1062,26 @@ class FtpClient:
         if self.classic:
             raise Failed("the classic dialect can't list")
         self.step("ls: the answer tells its size, then comes one line for each file")
-        self.link.request(cmd="ls", path=path, recursive=recursive)
-        size, = fields(self.link.answer(self.options.timeout), "size")
-        self.payload("<-", size)
-        lines, left = [], size
+        try:
+            self.link.request(cmd="ls", path=path, recursive=recursive)
+            lines = self.read_listing()
+        except Refusal:
+            raise
+        except BaseException:       # what is left of the answer must not be taken for the next one
+            self.close()
+            raise
+        return [entry for entry in map(decode, lines) if self.usable(entry)]
+
+    def read_listing(self):
+        left, = fields(self.link.answer(self.options.timeout), "size")
+        self.payload("<-", left)
+        lines = []
         while left:
-            line = self.link.read_line()
-            left -= len(line)
-            lines.append(line)
+            lines.append(self.link.read_line())
+            left -= len(lines[-1])
             if left < 0:
                 raise BadMessage("a listing that is longer than it says")
-        return [entry for entry in map(decode, lines) if self.usable(entry)]
+        return lines
 
     @staticmethod
     def usable(entry):
@@ -1169,7 +1205,7 @@ class Bar:
     def draw(self, label):
         self.drawn = time.monotonic()
         try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            width = max(1, (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1)
         except (OSError, ValueError):
             return
         line = self.text(printable(label), width)
@@ -1238,19 +1274,26 @@ def add_put(client, path, recursive, jobs):
     """Add the jobs for a local file, or for a folder and all in it; False where one can't be."""
     top = os.path.basename(os.path.abspath(path))
     if not (recursive and os.path.isdir(path)):
-        return add_job(jobs, Put, client, path, remote_name(top), size_of(path))
+        return add_job(jobs, Put, client, path, top, size_of(path))
+    unread = []
     well = True
-    for folder, folders, files in os.walk(path, onerror=lambda error: note("%s: %s" % (error.filename, error.strerror))):
+    for folder, folders, files in os.walk(path, onerror=unread.append):
         inner = os.path.relpath(folder, path)
         name = top if inner == "." else os.path.join(top, inner)
         folders.sort()
         if not folders and not files:
-            well &= add_job(jobs, MakeFolder, client, remote_name(name))
+            well &= add_job(jobs, MakeFolder, client, name)
         for file in sorted(files):
-            if not file.endswith(PARTIAL):              # what a get has begun here
-                well &= add_job(jobs, Put, client, os.path.join(folder, file), remote_name(os.path.join(name, file)),
+            if not (file.startswith(".") and file.endswith(PARTIAL)):       # what a get has begun here
+                well &= add_job(jobs, Put, client, os.path.join(folder, file), os.path.join(name, file),
                                 size_of(os.path.join(folder, file)))
-    return well
+        for link in folders:
+            if os.path.islink(os.path.join(folder, link)):
+                note("%s: a link to a folder, left out" % os.path.join(folder, link))
+                well = False
+    for error in unread:
+        note("%s: %s" % (error.filename, error.strerror))
+    return well and not unread
 
 
 def add_job(jobs, kind, client, *args):
@@ -1269,13 +1312,11 @@ def size_of(path):
         return 0                                        # opening it will say what is wrong
 
 
-def remote_name(path):
-    return "/".join(from_disk(part) for part in path.split(os.sep))
-
-
 def do_get(client, options, names):
     """get NAME... [-r] [-f] [-o PATH]   fetch files; -r: folders too, -f: replace, -o: under that name or into that folder"""
     out = os.path.expanduser(options.get("-o", ""))
+    if out.endswith(("/", os.sep)):
+        os.makedirs(out, exist_ok=True)
     if len(names) > 1 and out and not os.path.isdir(out):
         raise Usage("-o must name a folder that exists, for several files")
     jobs, wrong = [], 0
@@ -1285,6 +1326,8 @@ def do_get(client, options, names):
         except (Refusal, Failed) as error:
             note("%s: %s" % (name, error))
             wrong += 1
+    if len({job.target.path for job in jobs}) < len(jobs) and "-f" in options:
+        raise Failed("several files would get the same name here: name a folder that exists with -o")
     return client.run(jobs) and not wrong
 
 
@@ -1401,7 +1444,7 @@ def run_command(client, words):
     try:
         function, options, names = parse_command(words)
         return function(client, options, names)
-    except (Usage, Refusal, Failed, Unreachable) as error:
+    except (Refusal, Failed, Unreachable) as error:
         note(str(error))
     except (BadMessage, Broken) as error:
         client.close()
@@ -1577,6 +1620,9 @@ def main(argv=None):
             say("connected to %s port %d; help lists the commands" % client.port)
         command_fanout(client)
         return 0
+    except Usage as error:
+        note(str(error))
+        return 2
     except (Unreachable, Broken, BadMessage) as error:
         note(str(error))
         return 1

@@ -77,7 +77,7 @@ STOP_TIME = 1              # seconds that sessions have to end when the server s
 TICK = 0.25                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
-WORKERS = 64               # threads beside the event loop, at most
+WORKERS = 256              # threads beside the event loop, at most
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
 SWEEP_EVERY = 3600         # seconds between two looks for such
@@ -284,7 +284,7 @@ class Folder:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
             raise
         with contextlib.suppress(FileExistsError):      # made meanwhile by another session: as good
-            os.mkdir(self.at(part), dir_fd=self.fd)
+            os.mkdir(self.at(part), 0o700 if part == PARTIAL else 0o777, dir_fd=self.fd)
             self.sync(sync)
         return self.inner(part)
 
@@ -398,7 +398,7 @@ class Claims:
         self.claims = {}            # id: (function that ends its session, event set when it let go)
 
     def take(self, ident, cut):
-        """Make ident the caller's; whoever had it before is cut and waited for. Raises Busy."""
+        """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Busy."""
         give_up = time.monotonic() + TAKEOVER_TIME
         while True:
             with self.lock:
@@ -406,8 +406,10 @@ class Claims:
                 if cut_older is cut:
                     return
             cut_older()
-            if not released.wait(max(0, give_up - time.monotonic())):
-                raise Busy("an older session is still storing this file: try again in a moment")
+            while not released.wait(0.01):          # yields in between: who has it may need a worker to let go
+                if time.monotonic() > give_up:
+                    raise Busy("an older session is still storing this file: try again in a moment")
+                yield
 
     def release(self, ident):
         with self.lock:
@@ -419,14 +421,12 @@ class Upload:
 
     Use it in a `with` block. Unpublished, the partial stays for a resume where it has an id, else it goes."""
 
-    def __init__(self, storage, parts, size, ident, cut):
+    def __init__(self, storage, parts, size, ident):
         self.storage, self.parts, self.size, self.ident = storage, parts, size, ident
         self.partial = ident or os.urandom(16).hex()
         self.digest, self.moved, self.length = None, 0, 0
         self.file = self.folder = self.target = None
         self.keep = bool(ident)     # the partial, for a resume
-        if ident:
-            storage.claims.take(ident, cut)
         try:
             self.open()
         except BaseException:
@@ -462,8 +462,7 @@ class Upload:
         while True:
             fd = self.folder.open(self.partial, os.O_RDWR | os.O_CREAT | (0 if self.ident else os.O_EXCL))
             try:
-                if self.ident:
-                    lock(fd)
+                lock(fd)
                 links = os.fstat(fd).st_nlink
             except BaseException as error:
                 os.close(fd)
@@ -536,7 +535,7 @@ class Upload:
         Its value is (the name stored, whether the same content was there already)."""
         if mtime is not None:
             with contextlib.suppress(OverflowError):            # a time that this system can't hold
-                times = (int(mtime * 1e9),) * 2
+                times = int(time.time() * 1e9), int(mtime * 1e9)        # sweep() goes by the later of the two
                 os.utime(*((self.file.fileno(),) if os.utime in os.supports_fd else (self.folder.at(self.partial),)), ns=times)
         if self.storage.fsync:
             os.fsync(self.file.fileno())
@@ -563,9 +562,9 @@ class Upload:
             self.check_replaceable(folder, name)
             os.replace(source, target, **where)
             self.partial = None
-            return True
+            return self.is_at(folder, name)
         try:
-            os.link(source, target, **where)            # unlike a rename it never replaces anything
+            os.link(source, target, follow_symlinks=os.link not in os.supports_follow_symlinks, **where)    # never replaces
         except FileExistsError:
             return False
         except OSError as error:
@@ -573,6 +572,13 @@ class Upload:
                 raise
             return self.rename_unlinked(folder, name, source, target, where)
         self.discard()
+        return self.is_at(folder, name)
+
+    def is_at(self, folder, name):
+        """True; raises Refusal where somebody has put something else in the place of the partial."""
+        if os.name != "nt" and not os.path.samestat(folder.stat(name), os.fstat(self.file.fileno())):
+            folder.unlink(name)
+            raise Refusal("the partial file was tampered with")
         return True
 
     def rename_unlinked(self, folder, name, source, target, where):
@@ -583,7 +589,7 @@ class Upload:
                 return False
             os.rename(source, target, **where)
         self.partial = None
-        return True
+        return self.is_at(folder, name)
 
     def same(self, folder, name):
         """Generator: compare the partial with a file of the folder; the value is True for the same content."""
@@ -654,13 +660,15 @@ class Storage:
         return b"".join(lines)
 
     def open_upload(self, name, size, ident, cut):
-        """Open the partial file for a put. cut() ends the caller's session, should a newer one want the id."""
+        """Generator: open the Upload of a put. cut() ends the caller's session, should a newer one want the id."""
         parts = split_name(name)
         if self.max_size is not None and size > self.max_size:
             raise TooLarge("%d bytes, and at most %d are taken here" % (size, self.max_size))
         if time.monotonic() > self.next_sweep:
             self.sweep()
-        return Upload(self, parts, size, ident, cut)
+        if ident:
+            yield from self.claims.take(ident, cut)
+        return Upload(self, parts, size, ident)
 
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
@@ -673,7 +681,8 @@ class Storage:
         with Folder(self.upload) as root, root.inner(PARTIAL, make=True) as folder:
             for name in folder.names():
                 with contextlib.suppress(OSError):      # gone meanwhile, or locked: under way
-                    if time.time() - folder.stat(name).st_mtime > PARTIAL_LIFE:
+                    info = folder.stat(name)
+                    if time.time() - max(info.st_atime, info.st_mtime) > PARTIAL_LIFE:
                         with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
                             lock(file.fileno())
                             folder.unlink(name)
@@ -1137,8 +1146,7 @@ class Session:
         if not ident:
             raise BadMessage("'id' must be 64 hex digits")
         self.drop_resumed()
-        await may_block()
-        self.resumed = upload = self.storage.open_upload(name, size, ident.lower(), self.cut)
+        self.resumed = upload = await in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut))
         if upload.length > size:
             upload.cut_back(0)
         await in_slices(upload.hash_prefix())
@@ -1160,8 +1168,7 @@ class Session:
         name, ident, mtime, verify = fields(ask, "name", "id", "mtime", "verify")
         if offset and not ident:
             raise BadMessage("'offset' must be 0 without an 'id'")
-        await may_block()
-        with self.upload_of(name, size, ident and ident.lower()) as upload, self.logged("put", name, upload):
+        with await self.upload_of(name, size, ident and ident.lower()) as upload, self.logged("put", name, upload):
             await self.go_on_at(upload, offset, verify)
             await self.receive(upload)
             last = await self.read_header()
@@ -1171,14 +1178,14 @@ class Session:
             stored, duplicate = await in_slices(upload.publish(mtime))
         await self.reply(name=stored, size=size, sha256=digest, duplicate=duplicate)
 
-    def upload_of(self, name, size, ident):
+    async def upload_of(self, name, size, ident):
         """The Upload that a resume has left open, if it is this one, else a new one."""
         upload = self.resumed
         if upload and ident == upload.ident and size == upload.size and split_name(name) == upload.parts:
             self.resumed = None
             return upload
         self.drop_resumed()
-        return self.storage.open_upload(name, size, ident, self.cut)
+        return await in_slices(self.storage.open_upload(name, size, ident, self.cut))
 
     async def go_on_at(self, upload, offset, verify):
         """Make the upload ready for the byte at offset."""
@@ -1251,8 +1258,7 @@ class Session:
                 return request
 
     async def classic_put(self, name, size):
-        await may_block()
-        with self.storage.open_upload(name, size, None, self.cut) as upload, self.logged("put", name, upload):
+        with await in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged("put", name, upload):
             self.payload = size
             await self.wire.send(b"OK")
             await self.receive(upload)
@@ -1280,10 +1286,13 @@ class Session:
 
     async def expect(self, text):
         """Read the given bytes. Raises BadRequest as soon as something else comes."""
+        await self.wire.peek()
+        self.wire.deadline = time.monotonic() + HEADER_TIME
         for byte in text:
             if (await self.wire.peek())[0] != byte:
                 raise BadRequest("%r expected" % text)
             self.wire.take(1)
+        self.wire.deadline = math.inf
 
 
 COMMANDS = {"hello": Session.do_hello, "ls": Session.do_ls, "get": Session.do_get, "resume": Session.do_resume,
