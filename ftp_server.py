@@ -423,8 +423,9 @@ class Upload:
 
     def __init__(self, storage, parts, size, ident):
         self.storage, self.parts, self.size, self.ident = storage, parts, size, ident
-        self.partial = ident or os.urandom(16).hex()
-        self.digest, self.moved, self.length = None, 0, 0
+        self.partial = ident or "%s-%x" % (storage.nonce, next(storage.numbers))
+        self.length = self.moved = 0
+        self.digest, self.hashed = hashlib.sha256(), 0      # of so many first bytes; None: nobody verifies
         self.file = self.folder = self.target = None
         self.keep = bool(ident)     # the partial, for a resume
         try:
@@ -447,8 +448,8 @@ class Upload:
                 raise Denied("no right to write there")
             if self.storage.overwrite:
                 self.check_replaceable(self.target, self.parts[-1])
-        self.file = io.FileIO(self.open_partial(), "rb+")
-        self.length = os.fstat(self.file.fileno()).st_size
+        fd, self.length = self.open_partial()
+        self.file = io.FileIO(fd, "rb+")
         if shutil.disk_usage(self.storage.upload).free < self.size - self.length:
             raise DiskFull("no room for %d bytes" % self.size)
 
@@ -459,20 +460,21 @@ class Upload:
                 raise NotAFile("what has that name is not a file")
 
     def open_partial(self):
+        """Open and lock the partial, made if there is none: (fd, its length)."""
         while True:
             fd = self.folder.open(self.partial, os.O_RDWR | os.O_CREAT | (0 if self.ident else os.O_EXCL))
             try:
                 lock(fd)
-                links = os.fstat(fd).st_nlink
+                info = os.fstat(fd)
             except BaseException as error:
                 os.close(fd)
                 if isinstance(error, (BlockingIOError, PermissionError)):
                     raise Busy("another server is storing this file") from None
                 raise
-            if links == 1:
-                return fd
+            if info.st_nlink == 1:
+                return fd, info.st_size
             os.close(fd)            # 0: removed by the one who had the lock; 2: published by one who was
-            if links > 1:           # killed before he took this name away: to write to it would be to change that
+            if info.st_nlink > 1:   # killed before he took this name away: to write to it would be to change that
                 self.folder.unlink(self.partial)
 
     def __enter__(self):
@@ -506,6 +508,7 @@ class Upload:
         """Generator: hash what the partial holds already."""
         self.digest = hashlib.sha256()
         yield from hash_into(self.digest, self.file, self.length)
+        self.hashed = self.length
 
     def write(self, view):
         """Append bytes to the partial, and to the digest if there is one."""
@@ -610,7 +613,8 @@ class Storage:
         self.claims = Claims()
         self.renaming = threading.Lock()
         self.digests = collections.OrderedDict()        # Download.identity(): SHA-256
-        self.next_sweep = 0
+        self.nonce, self.numbers = os.urandom(12).hex(), itertools.count()  # names of partials without an id
+        self.next_sweep = 0.0
 
     def open_download(self, name):
         """Open a regular file of the download folder. Raises Refusal or OSError."""
@@ -1191,11 +1195,11 @@ class Session:
         """Make the upload ready for the byte at offset."""
         if offset > upload.length:
             raise Mismatch("there are only %d bytes to go on from, not %d" % (upload.length, offset))
-        hashed = upload.digest is not None and offset == upload.length
-        upload.cut_back(offset)
+        if upload.length:
+            upload.cut_back(offset)
         if not verify:
             upload.digest = None
-        elif not hashed:
+        elif upload.hashed != offset:
             await in_slices(upload.hash_prefix())
 
     async def receive(self, upload):
@@ -1204,6 +1208,7 @@ class Session:
             await may_block()
             upload.write(self.wire.take(self.payload))
             self.payload = 0
+            return
         view, filled = memoryview(bytearray(min(RECEIVE, self.payload))), 0
         try:
             while self.payload:
@@ -1259,7 +1264,7 @@ class Session:
 
     async def classic_put(self, name, size):
         with await in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged("put", name, upload):
-            self.payload = size
+            self.payload, upload.digest = size, None
             await self.wire.send(b"OK")
             await self.receive(upload)
             await in_slices(upload.publish())
@@ -2018,12 +2023,12 @@ def main(argv=None):
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), stop)
-    print_banner(server)
     if not options.no_discovery:
         try:
             server.start_discovery()
         except (OSError, RuntimeError) as error:
             LOG.warning("no discovery on UDP port %d: %s", server.server_address[1], error)
+    print_banner(server)
     server.serve_forever()
     if not server.stop():           # a thread hangs on a disk: leave without it
         LOG.warning("stopped; what was under way goes on as partial files")
