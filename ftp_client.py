@@ -65,17 +65,17 @@ BAR_TIME = 0.1             # seconds between two looks of the progress bar
 class Refusal(Exception):
     """The server, or a check before it, says no to one file; the next may go well."""
 
-    def __init__(self, text, code="refused"):
+    def __init__(self, code, text):
         super().__init__(text)
         self.code = code
 
 
-class BadName(Refusal):
-    """A name that neither side may use."""
-
-
 class Failed(Exception):
     """One file can't be sent or stored here; str() says why."""
+
+
+class BadMessage(Exception):
+    """What arrived is not a message, or a field of it is not what it must be."""
 
 
 class Broken(Exception):
@@ -98,17 +98,17 @@ WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=
 
 
 def split_name(name):
-    """Check a name that came over the wire and return its parts. Raises BadName."""
+    """Check a name that came over the wire and return its parts. Raises Refusal."""
     if UNSAFE.search(name):
-        raise BadName("a name may not hold a backslash or a control character")
+        raise Refusal("bad-name", "a name may not hold a backslash or a control character")
     if len(name.encode("utf-8")) > PATH_LIMIT:
-        raise BadName("the name is longer than %d bytes" % PATH_LIMIT)
+        raise Refusal("bad-name", "the name is longer than %d bytes" % PATH_LIMIT)
     parts = name.split("/")
     for part in parts:
         if part in ("", ".", "..") or part.casefold() == PARTIAL:
-            raise BadName("a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
+            raise Refusal("bad-name", "a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
         if len(part.encode("utf-8")) > NAME_LIMIT:
-            raise BadName("a part of the name is longer than %d bytes" % NAME_LIMIT)
+            raise Refusal("bad-name", "a part of the name is longer than %d bytes" % NAME_LIMIT)
     return [storable(part) for part in parts]
 
 
@@ -158,10 +158,6 @@ NESTING_LIMIT = 100
 NESTING = re.compile(rb"[\[{]")
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search would start again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
-
-
-class BadMessage(Exception):
-    """What arrived is not a message, or a field of it is not what it must be."""
 
 
 def parse_int(digits):
@@ -339,7 +335,7 @@ class Link:
             raise BadMessage("neither an answer nor an error")
         if code in ("timeout", "busy"):     # may be better in a moment
             raise Broken(text)
-        raise Refusal("%s (%s)" % (text, code), code)
+        raise Refusal(code, "%s (%s)" % (text, code))
 
     def read_into(self, view):
         """Read at least one byte into view; how many."""
@@ -689,7 +685,7 @@ class Put(Job):
             link = self.client.link
             link.send(self.client.text("->", "put|%s|%d" % (self.name, self.size)))
             if self.client.classic_answer(rb"OK") is None:
-                raise Refusal("the server did not say OK")
+                raise Refusal("refused", "the server did not say OK")
             self.went_on_at(0)
             self.client.payload("->", self.size)
             self.stream(file, 0, None)
@@ -702,7 +698,7 @@ class Put(Job):
 
 
 def remote_name(path):
-    """The name on the wire for a relative local path. Raises BadName, ValueError."""
+    """The name on the wire for a relative local path. Raises Refusal, ValueError."""
     name = "/".join(from_disk(part) for part in path.split(os.sep))
     split_name(name)
     return name
@@ -839,7 +835,7 @@ class Get(Job):
         link.send(self.client.text("->", "get|%s|0" % self.name))
         match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0")
         if match is None or match.group(1) is None:
-            raise Refusal("the server has no such file" if match else "the server answered nonsense")
+            raise Refusal("not-found", "the server has no such file" if match else "the server answered nonsense")
         self.resize(int(match.group(1)))
         link.send(self.client.text("->", "second_active"))
         link.flush()
@@ -1087,7 +1083,7 @@ class FtpClient:
     def usable(entry):
         """Tell whether an entry of a listing is one that we could ask for; a hostile name is left out."""
         fields(entry, "name", "size", "mtime")
-        with contextlib.suppress(BadName):
+        with contextlib.suppress(Refusal):
             split_name(entry["name"])
             return entry.get("type") in ("file", "dir")
         note("left out: %s" % entry["name"])

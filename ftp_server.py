@@ -93,75 +93,42 @@ LOG = logging.getLogger("ftp_server")
 # ==== Errors: what a client is told ====================================================================
 
 class Refusal(Exception):
-    """A request that can't be granted: str() is for people, code for programs, no path of ours in either."""
-    code = "server-error"
-    closes = False          # True: the connection can't go on after this answer
+    """A request that can't be granted: str() is for people, code for programs, and no path of ours in either.
+
+    closes: the connection can't go on after this answer."""
+
+    def __init__(self, code, text, closes=False):
+        super().__init__(text)
+        self.code, self.closes = code, closes
 
 
-class BadRequest(Refusal):
-    code = "bad-request"
+class BadMessage(Refusal):
+    """What arrived is not a message, or a field of it is not what it must be."""
 
-
-class BadName(Refusal):
-    code = "bad-name"
-
-
-class NotFound(Refusal):
-    code = "not-found"
-
-
-class NotAFile(Refusal):
-    code = "not-a-file"
-
-
-class Denied(Refusal):
-    code = "denied"
-
-
-class TooLarge(Refusal):
-    code = "too-large"
-
-
-class DiskFull(Refusal):
-    code = "disk-full"
-
-
-class Busy(Refusal):
-    code = "busy"
-
-
-class Mismatch(Refusal):
-    code = "mismatch"
-
-
-class Changed(Refusal):
-    code = "changed"
+    def __init__(self, text, closes=False):
+        super().__init__("bad-request", text, closes)
 
 
 class TimedOut(Refusal):
-    code = "timeout"
-    closes = True
+    """Nothing moved for too long."""
 
-
-def closing(refusal):
-    """Make a refusal one after which the connection can't go on."""
-    refusal.closes = True
-    return refusal
+    def __init__(self, text):
+        super().__init__("timeout", text, closes=True)
 
 
 class Gone(Exception):
     """The peer closed the connection, or it broke."""
 
 
-REFUSALS = {getattr(errno, name): refusal for refusal, names in (
-    (NotFound, "ENOENT"), (NotAFile, "EISDIR ELOOP ENXIO"), (BadName, "ENAMETOOLONG EILSEQ"),
-    (Denied, "EACCES EPERM EROFS ENOTDIR"), (DiskFull, "ENOSPC EDQUOT EFBIG"),
-    (Busy, "EMFILE ENFILE ENOMEM EAGAIN")) for name in names.split() if hasattr(errno, name)}
+CODES = {getattr(errno, name): code for code, names in {
+    "not-found": "ENOENT", "not-a-file": "EISDIR ELOOP ENXIO", "bad-name": "ENAMETOOLONG EILSEQ",
+    "denied": "EACCES EPERM EROFS ENOTDIR", "disk-full": "ENOSPC EDQUOT EFBIG", "busy": "EMFILE ENFILE ENOMEM EAGAIN",
+}.items() for name in names.split() if hasattr(errno, name)}
 
 
 def refusal_of(error):
     """The Refusal that an OSError of the file system amounts to."""
-    return REFUSALS.get(error.errno, Refusal)(os.strerror(error.errno) if error.errno else "the file system failed")
+    return Refusal(CODES.get(error.errno, "server-error"), os.strerror(error.errno) if error.errno else "the file system failed")
 
 
 # ==== Files: names, folders, downloads, uploads (no sockets) ==============================================
@@ -175,17 +142,17 @@ HAS_DIR_FD = os.open in os.supports_dir_fd
 
 
 def split_name(name):
-    """Check a name that came over the wire and return its parts. Raises BadName."""
+    """Check a name that came over the wire and return its parts. Raises Refusal."""
     if UNSAFE.search(name):
-        raise BadName("a name may not hold a backslash or a control character")
+        raise Refusal("bad-name", "a name may not hold a backslash or a control character")
     if len(name.encode("utf-8")) > PATH_LIMIT:
-        raise BadName("the name is longer than %d bytes" % PATH_LIMIT)
+        raise Refusal("bad-name", "the name is longer than %d bytes" % PATH_LIMIT)
     parts = name.split("/")
     for part in parts:
         if part in ("", ".", "..") or part.casefold() == PARTIAL:
-            raise BadName("a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
+            raise Refusal("bad-name", "a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
         if len(part.encode("utf-8")) > NAME_LIMIT:
-            raise BadName("a part of the name is longer than %d bytes" % NAME_LIMIT)
+            raise Refusal("bad-name", "a part of the name is longer than %d bytes" % NAME_LIMIT)
     return [storable(part) for part in parts]
 
 
@@ -263,7 +230,7 @@ class Folder:
     def names(self):
         """What the folder holds, but for names that no client could ask for."""
         for name in sorted(os.listdir(self.path if self.fd is None else self.fd)):
-            with contextlib.suppress(ValueError, BadName):
+            with contextlib.suppress(ValueError, Refusal):
                 yield split_name(from_disk(name))[0]
 
     def inner(self, part, make=False, sync=False):
@@ -323,7 +290,7 @@ class Download:
     def __init__(self, fd):
         self.stat = os.fstat(fd)
         if not stat.S_ISREG(self.stat.st_mode):
-            raise NotAFile("not a file")
+            raise Refusal("not-a-file", "not a file")
         self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
@@ -335,9 +302,9 @@ class Download:
         self.file.close()
 
     def advance(self, offset, count):
-        """Count bytes on their way out; the new offset. Raises Changed where there were none: the file is shorter now."""
+        """Count bytes on their way out; the new offset. Raises Refusal where there were none: the file is shorter now."""
         if not count:
-            raise Changed("the file shrank while it was sent")
+            raise Refusal("changed", "the file shrank while it was sent")
         self.moved += count
         return offset + count
 
@@ -365,13 +332,13 @@ class Download:
 
 
 def hash_into(digest, file, length):
-    """Generator: hash length bytes from the start of a raw file. Raises Changed where it is shorter."""
+    """Generator: hash length bytes from the start of a raw file. Raises Refusal where it is shorter."""
     file.seek(0)
     view = memoryview(bytearray(min(length, CHUNK)))
     for offset in range(0, length, CHUNK):
         count = file.readinto(view[:length - offset])
         if count < min(CHUNK, length - offset):
-            raise Changed("the file shrank while it was read")
+            raise Refusal("changed", "the file shrank while it was read")
         digest.update(view[:count])
         if offset % HASH_SLICE == 0:
             yield
@@ -398,7 +365,7 @@ class Claims:
         self.claims = {}            # id: (function that ends its session, event set when it let go)
 
     def take(self, ident, cut):
-        """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Busy."""
+        """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Refusal."""
         give_up = time.monotonic() + TAKEOVER_TIME
         while True:
             with self.lock:
@@ -408,7 +375,7 @@ class Claims:
             cut_older()
             while not released.wait(0.01):          # yields in between: who has it may need a worker to let go
                 if time.monotonic() > give_up:
-                    raise Busy("an older session is still storing this file: try again in a moment")
+                    raise Refusal("busy", "an older session is still storing this file: try again in a moment")
                 yield
 
     def release(self, ident):
@@ -445,19 +412,19 @@ class Upload:
         with contextlib.suppress(FileNotFoundError):            # publish() makes what is missing
             self.target = descend(root, self.parts[:-1])
             if self.target.fd is not None and not os.access(".", os.W_OK | os.X_OK, dir_fd=self.target.fd):
-                raise Denied("no right to write there")
+                raise Refusal("denied", "no right to write there")
             if self.storage.overwrite:
                 self.check_replaceable(self.target, self.parts[-1])
         fd, self.length = self.open_partial()
         self.file = io.FileIO(fd, "rb+")
         if shutil.disk_usage(self.storage.upload).free < self.size - self.length:
-            raise DiskFull("no room for %d bytes" % self.size)
+            raise Refusal("disk-full", "no room for %d bytes" % self.size)
 
     @staticmethod
     def check_replaceable(folder, name):
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(folder.stat(name).st_mode):
-                raise NotAFile("what has that name is not a file")
+                raise Refusal("not-a-file", "what has that name is not a file")
 
     def open_partial(self):
         """Open and lock the partial, made if there is none: (fd, its length)."""
@@ -469,7 +436,7 @@ class Upload:
             except BaseException as error:
                 os.close(fd)
                 if isinstance(error, (BlockingIOError, PermissionError)):
-                    raise Busy("another server is storing this file") from None
+                    raise Refusal("busy", "another server is storing this file") from None
                 raise
             if info.st_nlink == 1:
                 return fd, info.st_size
@@ -519,17 +486,17 @@ class Upload:
             while done < len(view):
                 done += self.file.write(view[done:])
         except OSError as error:
-            self.keep = self.keep and refusal_of(error).code != DiskFull.code       # make room for others
+            self.keep = self.keep and refusal_of(error).code != "disk-full"       # make room for others
             raise
         self.length += done
         self.moved += done
 
     def check(self, sha256):
-        """Compare the digest with the sender's, where both have one; ours. Raises Mismatch."""
+        """Compare the digest with the sender's, where both have one; ours. Raises Refusal."""
         digest = self.digest.hexdigest() if self.digest else None
         if digest and sha256 and digest != sha256.lower():
             self.keep = False
-            raise Mismatch("the bytes that arrived have another SHA-256")
+            raise Refusal("mismatch", "the bytes that arrived have another SHA-256")
         return digest
 
     def publish(self, mtime=None):
@@ -581,7 +548,7 @@ class Upload:
         """True; raises Refusal where somebody has put something else in the place of the partial."""
         if os.name != "nt" and not os.path.samestat(folder.stat(name), os.fstat(self.file.fileno())):
             folder.unlink(name)
-            raise Refusal("the partial file was tampered with")
+            raise Refusal("server-error", "the partial file was tampered with")
         return True
 
     def rename_unlinked(self, folder, name, source, target, where):
@@ -623,7 +590,7 @@ class Storage:
             with descend(Folder(self.download), parents) as folder:
                 fd = folder.open(last, os.O_RDONLY)
         except NotADirectoryError:
-            raise NotFound("no such file") from None
+            raise Refusal("not-found", "no such file") from None
         try:
             return Download(fd)
         except BaseException:
@@ -667,7 +634,7 @@ class Storage:
         """Generator: open the Upload of a put. cut() ends the caller's session, should a newer one want the id."""
         parts = split_name(name)
         if self.max_size is not None and size > self.max_size:
-            raise TooLarge("%d bytes, and at most %d are taken here" % (size, self.max_size))
+            raise Refusal("too-large", "%d bytes, and at most %d are taken here" % (size, self.max_size))
         if time.monotonic() > self.next_sweep:
             self.sweep()
         if ident:
@@ -700,10 +667,6 @@ NESTING_LIMIT = 100
 NESTING = re.compile(rb"[\[{]")
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search would start again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
-
-
-class BadMessage(Exception):
-    """What arrived is not a message, or a field of it is not what it must be."""
 
 
 def parse_int(digits):
@@ -883,7 +846,7 @@ class Wire:
         return self.ahead[:1]
 
     async def read_line(self):
-        """Read one header, to be complete HEADER_TIME after its first byte. Raises BadRequest if too long."""
+        """Read one header, to be complete HEADER_TIME after its first byte. Raises Refusal if too long."""
         await self.peek()
         self.deadline = time.monotonic() + HEADER_TIME
         searched = 0
@@ -893,7 +856,7 @@ class Wire:
                 self.deadline = math.inf
                 return self.take(end)
             if len(self.ahead) >= HEADER_LIMIT:
-                raise closing(BadRequest("a header is longer than %d bytes" % HEADER_LIMIT))
+                raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT, closes=True)
             searched = len(self.ahead)
             await self.fill()
 
@@ -956,7 +919,8 @@ class Session:
     """One client's conversation. All that is known about it is here, and nowhere on the server.
 
     run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
-    __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "payload", "answering", "resumed", "__weakref__")
+    __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "doing", "payload", "answering",
+                 "resumed")
 
     def __init__(self, service, sock, address, full):
         sock.setblocking(False)
@@ -967,6 +931,7 @@ class Session:
         self.peer = address_text(address)
         self.full = full            # one client too many: its first request is told so
         self.framed = False         # the dialect of the last request
+        self.doing = "request"      # what it asks for, for the log
         self.payload = None         # bytes of a put still to come before its last line; None: no put
         self.answering = False      # between the first and the last line of an answer
         self.resumed = None         # the Upload that a resume left open for the put to come
@@ -993,7 +958,7 @@ class Session:
         try:
             if self.payload is not None and not await self.skip_payload():
                 return False
-            self.payload, self.answering = None, False
+            self.payload, self.answering, self.doing = None, False, "request"
             first = await self.wire.peek()
             self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
             await (self.do_framed() if self.framed else self.do_classic())
@@ -1007,11 +972,11 @@ class Session:
             raise
         except Exception:           # a bug: it ends this session only
             LOG.exception("%s bug", self.peer)
-            return await self.refuse(closing(Refusal("internal error")))
+            return await self.refuse(Refusal("server-error", "internal error", closes=True))
 
     async def refuse(self, refusal):
         """Tell the client why not; True where the conversation can go on."""
-        LOG.warning("%s refused: %s: %s", self.peer, refusal.code, refusal)
+        LOG.warning("%s %s refused: %s: %s", self.peer, self.doing, refusal.code, refusal)
         if self.answering or not self.framed:
             if isinstance(refusal, TimedOut):
                 raise refusal       # a peer that doesn't read
@@ -1032,7 +997,7 @@ class Session:
             return False
 
     @contextlib.contextmanager
-    def logged(self, verb, name, file):
+    def logged(self, file):
         """Write one line about the transfer in the block, however it ends."""
         start, result = time.monotonic(), "ok"
         try:
@@ -1042,30 +1007,29 @@ class Session:
             raise
         finally:
             seconds = time.monotonic() - start
-            LOG.log(logging.INFO if result == "ok" else logging.WARNING, "%s %s %s %d bytes %.3f s %.1f MB/s %s",
-                    self.peer, verb, name, file.moved, seconds, file.moved / 1e6 / max(seconds, 1e-6), result)
+            LOG.log(logging.INFO if result == "ok" else logging.WARNING, "%s %s %d bytes %.3f s %.1f MB/s %s",
+                    self.peer, self.doing, file.moved, seconds, file.moved / 1e6 / max(seconds, 1e-6), result)
 
     # ---- framed ----
 
     async def read_header(self):
-        """Read one message. Raises a BadRequest that closes for what is none: who knows where the next begins."""
+        """Read one message. What is none ends the conversation: who knows where the next begins?"""
         try:
             return decode(await self.wire.read_line())
         except BadMessage as error:
-            raise closing(BadRequest(str(error))) from None
+            error.closes = True
+            raise
 
     async def do_framed(self):
         """Read one header and do what it asks."""
         ask = await self.read_header()
         if self.full:
-            raise closing(Busy("%d clients are served already: try again later" % self.service.max_clients))
+            raise Refusal("busy", "%d clients are served already: try again later" % self.service.max_clients, closes=True)
         command = COMMANDS.get(ask["cmd"]) if isinstance(ask.get("cmd"), str) else None
         if command is None:
-            raise BadRequest("'cmd' must be one of: %s" % " ".join(COMMANDS))
-        try:
-            await command(self, ask)
-        except BadMessage as error:
-            raise BadRequest(str(error)) from None
+            raise BadMessage("'cmd' must be one of: %s" % " ".join(COMMANDS))
+        self.doing = ("%s %s" % (ask["cmd"], ask.get("name", ask.get("path", ""))))[:300]
+        await command(self, ask)
 
     async def reply(self, **message):
         await self.wire.send(encode(dict(message, ok=True)))
@@ -1079,7 +1043,7 @@ class Session:
         try:
             listing = await in_slices(self.storage.list(path, recursive))
         except NotADirectoryError:
-            raise NotAFile("not a folder") from None
+            raise Refusal("not-a-file", "not a folder") from None
         LOG.debug("%s ls %s %d bytes", self.peer, path or "/", len(listing))
         await self.reply(size=len(listing))
         self.answering = True
@@ -1088,14 +1052,14 @@ class Session:
     async def do_get(self, ask):
         name, offset, sha256, verify = fields(ask, "name", "offset", "sha256", "verify")
         await may_block()
-        with self.storage.open_download(name) as download, self.logged("get", name, download):
+        with self.storage.open_download(name) as download, self.logged(download):
             offset = await self.common_prefix(download, offset, sha256)
             await self.reply(size=download.size, offset=offset, mtime=download.mtime)
             self.answering = True
             whole = await self.send_content(download, offset, download.size, verify)
             self.answering = False
             if download.changed():
-                raise Changed("the file changed while it was sent")
+                raise Refusal("changed", "the file changed while it was sent")
             if whole:
                 self.storage.remember_digest(download, whole)
             await self.reply(sha256=whole)
@@ -1167,12 +1131,13 @@ class Session:
             if offset > size:
                 raise BadMessage("'offset' must not be larger than 'size'")
         except BadMessage as error:
-            raise closing(BadRequest(str(error))) from None
+            error.closes = True         # nobody can tell where the payload ends
+            raise
         self.payload = size - offset
         name, ident, mtime, verify = fields(ask, "name", "id", "mtime", "verify")
         if offset and not ident:
             raise BadMessage("'offset' must be 0 without an 'id'")
-        with await self.upload_of(name, size, ident and ident.lower()) as upload, self.logged("put", name, upload):
+        with await self.upload_of(name, size, ident and ident.lower()) as upload, self.logged(upload):
             await self.go_on_at(upload, offset, verify)
             await self.receive(upload)
             last = await self.read_header()
@@ -1194,7 +1159,7 @@ class Session:
     async def go_on_at(self, upload, offset, verify):
         """Make the upload ready for the byte at offset."""
         if offset > upload.length:
-            raise Mismatch("there are only %d bytes to go on from, not %d" % (upload.length, offset))
+            raise Refusal("mismatch", "there are only %d bytes to go on from, not %d" % (upload.length, offset))
         if upload.length:
             upload.cut_back(offset)
         if not verify:
@@ -1241,17 +1206,15 @@ class Session:
         """Read one classic request and do what it asks."""
         verb, name, size = await self.read_classic()
         if self.full:
-            raise Busy("%d clients are served already" % self.service.max_clients)
+            raise Refusal("busy", "%d clients are served already" % self.service.max_clients)
+        self.doing = "%s %s" % (verb, name)
         await CLASSIC[verb](self, name, size)
 
     async def read_classic(self):
         """Read a request that has no end: it is over when nothing more arrives for QUIET_TIME."""
         give_up = time.monotonic() + HEADER_TIME
         while True:
-            try:
-                request = parse_classic(self.wire.ahead)
-            except BadMessage as error:
-                raise BadRequest(str(error)) from None
+            request = parse_classic(self.wire.ahead)
             self.wire.deadline = min(give_up, time.monotonic() + QUIET_TIME) if request else give_up
             try:
                 await self.wire.fill()
@@ -1263,7 +1226,7 @@ class Session:
                 return request
 
     async def classic_put(self, name, size):
-        with await in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged("put", name, upload):
+        with await in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged(upload):
             self.payload, upload.digest = size, None
             await self.wire.send(b"OK")
             await self.receive(upload)
@@ -1274,9 +1237,9 @@ class Session:
         try:
             download = self.storage.open_download(name)
         except (Refusal, OSError) as error:
-            LOG.warning("%s get %s refused: %s", self.peer, name, error)
+            LOG.warning("%s %s refused: %s", self.peer, self.doing, error.strerror if isinstance(error, OSError) else error)
             return await self.wire.send(b"NO|0")
-        with download, self.logged("get", name, download):
+        with download, self.logged(download):
             await self.wire.send(b"YES|%d" % download.size)
             await self.expect(b"second_active")
             last = max(0, download.size - 1)        # the last byte is held back until it is sure that all fit together
@@ -1285,17 +1248,17 @@ class Session:
             download.file.seek(last)
             end = download.file.read(download.size - last)
             if len(end) < download.size - last or download.changed():
-                raise Changed("the file changed while it was sent")
+                raise Refusal("changed", "the file changed while it was sent")
             await self.wire.send(end)
             download.moved += len(end)
 
     async def expect(self, text):
-        """Read the given bytes. Raises BadRequest as soon as something else comes."""
+        """Read the given bytes. Raises Refusal as soon as something else comes."""
         await self.wire.peek()
         self.wire.deadline = time.monotonic() + HEADER_TIME
         for byte in text:
             if (await self.wire.peek())[0] != byte:
-                raise BadRequest("%r expected" % text)
+                raise BadMessage("%r expected" % text)
             self.wire.take(1)
         self.wire.deadline = math.inf
 
@@ -1367,7 +1330,7 @@ def turn_away(sock):
         sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             sock.recv(CHUNK)                        # unread bytes would turn the close into a reset
-        sock.send(encode({"ok": False, "code": Busy.code, "error": "the server has no room left: try again later"}))
+        sock.send(encode({"ok": False, "code": "busy", "error": "the server has no room left: try again later"}))
         sock.shutdown(socket.SHUT_WR)
 
 
