@@ -54,6 +54,7 @@ QUIET_TIME = 0.02          # seconds without a further byte that end a classic a
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
+LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
 FIND_TIME = 1              # seconds to wait for servers to answer
 FIND_SIZE = 512            # bytes of a discovery request: answers are never longer
 READ, WRITE = 1, 2         # what to wait for
@@ -150,6 +151,13 @@ def numbered(name):
         yield stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
 
 
+def is_numbered(name, original):
+    """Tell whether a name is original or one that numbered() makes of it."""
+    stem, extension = os.path.splitext(original)
+    return name == original or name.startswith(stem[:1]) and re.fullmatch(
+        re.escape(stem) + "-[0-9]+" + re.escape(extension), name) is not None
+
+
 # ==== Messages: one JSON object a line (no I/O) ==========================================================
 
 HEADER_LIMIT = 65536       # bytes of a header, its line end included
@@ -238,15 +246,15 @@ class Link:
 
     def __init__(self, sock, timeout, explain=None):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(timeout)
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
 
     @contextlib.contextmanager
-    def waiting(self, seconds=None):
-        """A time limit for the block, and Broken for whatever the socket raises in it."""
+    def waiting(self):
+        """Broken for whatever the socket raises in the block."""
         try:
-            self.sock.settimeout(max(0.001, self.timeout if seconds is None else seconds))
             yield
         except socket.timeout:
             raise Broken("nothing moved for %g seconds" % self.timeout) from None
@@ -278,16 +286,18 @@ class Link:
             sent += self.push(self.sock.send, view[sent:])
 
     def push(self, operation, *args):
-        """Do a sending operation when the socket takes some bytes; how many it took.
-
-        A socket is ready again only when much of its queue is gone, so the queue tells whether the peer reads."""
-        left = None
-        while not wait_for(self.sock, WRITE, self.timeout / 2 if left is None else self.timeout):
-            left, before = unsent(self.sock), left
-            if before is not None and left >= before:
-                raise Broken("nothing moved for %g seconds" % self.timeout)
+        """Do a sending operation when the socket takes some bytes; how many it took."""
+        self.wait(WRITE, self.timeout)
         with self.waiting():
             return operation(*args)
+
+    def wait(self, event, seconds):
+        """Wait until the socket is ready. A peer that still takes what is on its way to it is slow but not silent."""
+        left = unsent(self.sock)
+        while not wait_for(self.sock, event, seconds):
+            left, before = unsent(self.sock), left
+            if left >= before:
+                raise Broken("nothing moved for %g seconds" % seconds)
 
     def request(self, **message):
         if self.explain:
@@ -297,7 +307,8 @@ class Link:
     def fill(self, seconds=None):
         """Read more of the stream ahead, after all that is owed was sent."""
         self.flush()
-        with self.waiting(seconds):
+        self.wait(READ, self.timeout if seconds is None else seconds)
+        with self.waiting():
             data = self.sock.recv(CHUNK)
         if not data:
             raise HungUp("the server closed the connection")
@@ -315,7 +326,7 @@ class Link:
             if len(self.ahead) >= HEADER_LIMIT:
                 raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
             searched = len(self.ahead)
-            self.fill(min(self.timeout, limit - time.monotonic()))
+            self.fill(max(0, min(self.timeout, limit - time.monotonic())))
 
     def take(self, count):
         """Take count bytes, or as many as there are, of what was read ahead."""
@@ -463,7 +474,11 @@ class Target:
             try:
                 if fcntl:
                     fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                links = os.fstat(file.fileno()).st_nlink
+                info = os.fstat(file.fileno())
+                links = info.st_nlink if stat.S_ISREG(info.st_mode) else 0
+                if not links and info.st_nlink:
+                    file.close()
+                    raise Failed("%s is in the way" % self.partial)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     file.close()
@@ -492,7 +507,7 @@ class Target:
         """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
         os.fsync(self.file.fileno())
         if mtime is not None:
-            with contextlib.suppress(OverflowError):    # a time that this system can't hold
+            with contextlib.suppress(OSError, OverflowError):   # a time that this system can't hold
                 os.utime(self.file.fileno() if os.utime in os.supports_fd else self.partial, ns=(int(mtime * 1e9),) * 2)
         if os.name == "nt":
             self.file.close()
@@ -887,6 +902,9 @@ class FtpClient:
             note("the server hung up on the framed hello: speaking the classic dialect")
             self.classic = True
             self.create_socket()
+        except BadMessage:
+            self.close()
+            raise Unreachable("what answers at %s port %d is no ftp_server.py: check the port" % self.port) from None
         except Refusal as error:
             self.close()
             raise Unreachable("%s port %d says no: %s" % (self.port + (printable(str(error)),))) from None
@@ -1066,11 +1084,13 @@ class FtpClient:
         except BaseException:       # what is left of the answer must not be taken for the next one
             self.close()
             raise
-        return [entry for entry in map(decode, lines) if self.usable(entry)]
+        return [entry for entry in map(self.entry_of, lines) if entry and (recursive or "/" not in entry["name"])]
 
     def read_listing(self):
         left, = fields(self.link.answer(self.options.timeout), "size")
         self.payload("<-", left)
+        if left > LISTING_LIMIT:
+            raise BadMessage("a listing of %d bytes" % left)
         lines = []
         while left:
             lines.append(self.link.read_line())
@@ -1080,14 +1100,17 @@ class FtpClient:
         return lines
 
     @staticmethod
-    def usable(entry):
-        """Tell whether an entry of a listing is one that we could ask for; a hostile name is left out."""
-        fields(entry, "name", "size", "mtime")
-        with contextlib.suppress(Refusal):
-            split_name(entry["name"])
-            return entry.get("type") in ("file", "dir")
-        note("left out: %s" % entry["name"])
-        return False
+    def entry_of(line):
+        """An entry of a listing; None for one that we could not ask for or must not show."""
+        name = "a line"
+        try:
+            entry = decode(line)
+            name, _, _ = fields(entry, "name", "size", "mtime")
+            split_name(name)
+            return entry if entry.get("type") in ("file", "dir") else None
+        except (BadMessage, Refusal) as error:
+            note("%s of the listing is left out: %s" % (name, error))
+            return None
 
     def find_remote(self, pattern):
         """The remote names that a pattern of get stands for: a list of entries with full names."""
@@ -1106,7 +1129,8 @@ class FtpClient:
         """The entries of a remote folder that match a pattern; one that is literally there counts as that."""
         entries = self.ls(parent.rstrip("/"))
         exact = [entry for entry in entries if entry["name"] == pattern]
-        return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)]
+        return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)
+                         and entry["name"].startswith(".") <= pattern.startswith(".")]      # as in a shell
 
 
 def advice(error, address, timeout):
@@ -1535,9 +1559,12 @@ def printable(text):
 def say(text, stream=None):
     """Print a line, also where the terminal's encoding lacks its characters."""
     stream = stream or sys.stdout
+    if stream is None:              # no terminal at all
+        return
     encoding = stream.encoding or "ascii"
-    stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
-    stream.flush()
+    with contextlib.suppress(OSError, ValueError):          # a closed one must not end transfers
+        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
+        stream.flush()
 
 
 def note(text):

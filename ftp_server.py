@@ -194,6 +194,13 @@ def numbered(name):
         yield stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
 
 
+def is_numbered(name, original):
+    """Tell whether a name is original or one that numbered() makes of it."""
+    stem, extension = os.path.splitext(original)
+    return name == original or name.startswith(stem[:1]) and re.fullmatch(
+        re.escape(stem) + "-[0-9]+" + re.escape(extension), name) is not None
+
+
 class Folder:
     """A folder held open, so that a link swapped in later can't lead out of it (openat(2), O_NOFOLLOW).
 
@@ -223,6 +230,13 @@ class Folder:
 
     def stat(self, part):
         return os.stat(self.at(part), dir_fd=self.fd, follow_symlinks=False)
+
+    def has(self, part):
+        """Tell whether something has that name."""
+        try:
+            return bool(self.stat(part))
+        except FileNotFoundError:
+            return False
 
     def unlink(self, part):
         os.unlink(self.at(part), dir_fd=self.fd)
@@ -294,6 +308,7 @@ class Download:
         self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
+        self.settled = abs(time.time() - max(self.stat.st_mtime, self.stat.st_ctime)) > SETTLED     # its stamps can be trusted
 
     def __enter__(self):
         return self
@@ -320,10 +335,6 @@ class Download:
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             return True
         return now.st_nlink == self.stat.st_nlink and now.st_ctime_ns != self.stat.st_ctime_ns
-
-    def settled(self):
-        """Tell whether the file has been left alone for long enough to trust its time stamps."""
-        return abs(time.time() - max(self.stat.st_mtime, self.stat.st_ctime)) > SETTLED
 
     def hash_prefix(self, length):
         """Generator: hash the first length bytes, with a pause for others at each yield."""
@@ -422,9 +433,8 @@ class Upload:
 
     @staticmethod
     def check_replaceable(folder, name):
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(folder.stat(name).st_mode):
-                raise Refusal("not-a-file", "what has that name is not a file")
+        if folder.has(name) and not stat.S_ISREG(folder.stat(name).st_mode):
+            raise Refusal("not-a-file", "what has that name is not a file")
 
     def open_partial(self):
         """Open and lock the partial, made if there is none: (fd, its length)."""
@@ -504,7 +514,7 @@ class Upload:
 
         Its value is (the name stored, whether the same content was there already)."""
         if mtime is not None:
-            with contextlib.suppress(OverflowError):            # a time that this system can't hold
+            with contextlib.suppress(OSError, OverflowError):   # a time that this system can't hold
                 times = int(time.time() * 1e9), int(mtime * 1e9)        # sweep() goes by the later of the two
                 os.utime(*((self.file.fileno(),) if os.utime in os.supports_fd else (self.folder.at(self.partial),)), ns=times)
         if self.storage.fsync:
@@ -513,16 +523,17 @@ class Upload:
             self.file.close()
         if not self.target:
             self.target = descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync)
-        for name in [self.parts[-1]] if self.storage.overwrite else numbered(self.parts[-1]):
-            if self.rename(self.target, name):
+        if self.storage.overwrite or self.target.fd is None or not self.target.has(self.parts[-1]):
+            taken = []
+        else:                       # there may be gaps between the numbers
+            taken = [name for name in self.target.names() if is_numbered(name, self.parts[-1])]
+        for name in itertools.chain(taken, numbered(self.parts[-1])):
+            duplicate = name in taken or not self.rename(self.target, name)
+            if not duplicate or (yield from self.same(self.target, name)):
+                if duplicate:
+                    self.discard()
                 self.target.sync(self.storage.fsync)
-                return self.stored_as(name), False
-            if (yield from self.same(self.target, name)):
-                self.discard()
-                return self.stored_as(name), True
-
-    def stored_as(self, name):
-        return "/".join(self.parts[:-1] + [name])
+                return "/".join(self.parts[:-1] + [name]), duplicate
 
     def rename(self, folder, name):
         """Move the partial to its final name in folder; False where that is taken."""
@@ -554,8 +565,7 @@ class Upload:
     def rename_unlinked(self, folder, name, source, target, where):
         """rename() for a disk without hard links (FAT): sessions of this server take turns."""
         with self.storage.renaming:
-            with contextlib.suppress(FileNotFoundError):
-                folder.stat(name)
+            if folder.has(name):
                 return False
             os.rename(source, target, **where)
         self.partial = None
@@ -602,7 +612,7 @@ class Storage:
 
     def remember_digest(self, download, sha256):
         """Keep the digest of a file that hasn't changed lately, so that the next client's get is cheaper."""
-        if download.settled():
+        if download.settled:
             self.digests[download.identity()] = sha256
             while len(self.digests) > DIGESTS:
                 self.digests.popitem(last=False)
@@ -614,7 +624,13 @@ class Storage:
         while todo:
             parts = todo.pop()
             inside = []
-            with descend(Folder(self.download), parts) as folder:
+            try:
+                folder = descend(Folder(self.download), parts)
+            except OSError:
+                if len(parts) == depth:
+                    raise
+                continue                                # removed meanwhile, or not for us: the rest is
+            with folder:
                 for count, name in enumerate(folder.names()):
                     if count % 1000 == 0:
                         yield
@@ -825,9 +841,11 @@ class Wire:
                 left, before = unsent(self.sock), left
                 if event == WRITE and self.deadline == math.inf and (before is None or left < before):
                     continue        # slow but steady: a socket is writable again only when much of its queue is gone
+                await may_block()   # what this ends closes and removes files
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
                                else "a header took longer than %g seconds" % HEADER_TIME) from None
             except OSError as error:
+                await may_block()
                 raise Gone(error.strerror) from None
 
     async def fill(self):
@@ -836,6 +854,7 @@ class Wire:
             await self.flush()
         data = await self.attempt(READ, self.sock.recv, CHUNK)
         if not data:
+            await may_block()
             raise Gone("the client closed the connection")
         self.ahead += data
 
@@ -848,6 +867,8 @@ class Wire:
     async def read_line(self):
         """Read one header, to be complete HEADER_TIME after its first byte. Raises Refusal if too long."""
         await self.peek()
+        if self.owed and b"\n" not in self.ahead:
+            await self.flush()
         self.deadline = time.monotonic() + HEADER_TIME
         searched = 0
         while True:
@@ -876,6 +897,7 @@ class Wire:
             await self.flush()
         count = await self.attempt(READ, self.sock.recv_into, view)
         if not count:
+            await may_block()
             raise Gone("the client closed the connection")
         return count
 
@@ -901,7 +923,16 @@ class Wire:
         """Send at most count bytes of a raw file from offset on by sendfile(2); how many, 0 behind its end."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, os.sendfile, self.sock.fileno(), file.fileno(), offset, count)
+        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count)
+
+    def sendfile(self, fd, offset, count):
+        """sendfile(2); None where the file's system can't do that."""
+        try:
+            return os.sendfile(self.sock.fileno(), fd, offset, count)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return None
 
     async def linger(self):
         """Let the peer read the last answer before the socket goes: unread bytes would make that a reset."""
@@ -1058,6 +1089,7 @@ class Session:
             self.answering = True
             whole = await self.send_content(download, offset, download.size, verify)
             self.answering = False
+            await may_block()
             if download.changed():
                 raise Refusal("changed", "the file changed while it was sent")
             if whole:
@@ -1084,6 +1116,9 @@ class Session:
         if digest is None and stop - offset > JOIN and hasattr(os, "sendfile"):
             while offset < stop:
                 sent = await self.wire.send_from(download.file, offset, min(stop - offset, self.service.slice()))
+                if sent is None:
+                    await self.send_read(download, offset, stop, None)
+                    break
                 offset = download.advance(offset, sent)
         else:
             await self.send_read(download, offset, stop, digest)
@@ -1143,6 +1178,7 @@ class Session:
             last = await self.read_header()
             self.payload = None
             sha256, = fields(last, "sha256")
+            await may_block()
             digest = upload.check(sha256)
             stored, duplicate = await in_slices(upload.publish(mtime))
         await self.reply(name=stored, size=size, sha256=digest, duplicate=duplicate)
@@ -1274,15 +1310,16 @@ class Service:
     def __init__(self, mode, storage, timeout, max_clients):
         self.mode, self.storage, self.timeout, self.max_clients = mode, storage, timeout, max_clients
         self.stopping = False
-        self.sessions = set()
+        self.sessions, self.served = set(), 0       # served: those that are not one too many
         self.left = threading.Condition()           # guards sessions; notified when one ends
         self.reserve = os.open(os.devnull, os.O_RDONLY)
 
     def welcome(self, sock, address):
         """A new Session for a connection."""
         with self.left:
-            session = Session(self, sock, address, len(self.sessions) >= self.max_clients)
+            session = Session(self, sock, address, self.served >= self.max_clients)
             self.sessions.add(session)
+            self.served += not session.full
         if self.stopping:
             session.cut()
         return session
@@ -1290,6 +1327,7 @@ class Service:
     def farewell(self, session):
         with self.left:
             self.sessions.discard(session)
+            self.served -= not session.full
             self.left.notify_all()
 
     def slice(self):
@@ -1431,6 +1469,9 @@ class Stoppable:
             LOG.error("no thread for %s: %s", address_text(client_address), error)
             self.no_thread(request)
 
+    def handle_error(self, request, client_address):
+        LOG.exception("%s bug", address_text(client_address))
+
     def no_thread(self, request):
         """Do what can be done for a request that gets no thread."""
 
@@ -1498,33 +1539,48 @@ class Workers:
     """Threads for what would block the loop: as many as are busy at once, up to a limit."""
 
     def __init__(self, limit):
-        self.limit, self.threads, self.idle = limit, 0, 0
+        self.limit, self.threads = limit, 0
+        self.idle = 0               # threads that wait for a job which nobody has given them yet
+        self.waiting = 0            # jobs that no thread has been found for yet
         self.lock = threading.Lock()
         self.jobs = queue.Queue()
 
     def submit(self, function, argument):
+        self.jobs.put((function, argument))
         with self.lock:
-            start = self.jobs.qsize() >= self.idle and self.threads < self.limit
+            if self.idle:
+                self.idle -= 1
+                return
+            start = self.threads < self.limit
             self.threads += start
-            self.jobs.put((function, argument))
+            self.waiting += not start
         if start:
-            try:
-                threading.Thread(target=self.work, daemon=True).start()
-            except RuntimeError as error:                   # no thread to be had: those there are will do it
-                LOG.error("no new thread: %s", error)
+            self.start()
+
+    def start(self):
+        try:
+            threading.Thread(target=self.work, daemon=True).start()
+        except RuntimeError as error:
+            LOG.error("no new thread: %s", error)
+            with self.lock:
                 self.threads -= 1
-                if not self.threads:
-                    function, argument = self.jobs.get()
-                    function(argument)                      # or else this one: slow, but not at an end
+                self.waiting += bool(self.threads)          # those there are will do it
+                alone = not self.threads
+            if alone:
+                self.do_job()                               # or else this one: slow, but not at an end
+
+    def do_job(self):
+        function, argument = self.jobs.get()
+        function(argument)
 
     def work(self):
         while True:
+            self.do_job()
             with self.lock:
-                self.idle += 1
-            function, argument = self.jobs.get()
-            with self.lock:
-                self.idle -= 1
-            function(argument)
+                if self.waiting:
+                    self.waiting -= 1
+                else:
+                    self.idle += 1
 
 
 class Task:
@@ -1607,7 +1663,10 @@ class SelectFtpServer:
         events = self.sel.select(min(TICK, max(0, patience)))
         for key, mask in events:
             callback = key.data
-            callback(key.fileobj, mask)
+            try:
+                callback(key.fileobj, mask)
+            except Exception:       # one event less, and the loop goes on
+                LOG.exception("bug in %s", callback.__name__)
         self.expire()
 
     def accept(self, sock, mask):
@@ -1630,6 +1689,14 @@ class SelectFtpServer:
             self.wait(task, task.advance())
 
     def wait(self, task, wait):
+        """Note what a session waits for; if that can't be, the session ends and nothing else."""
+        try:
+            self.note_wait(task, wait)
+        except Exception:
+            LOG.exception("%s bug", task.session.peer)
+            self.close(task)
+
+    def note_wait(self, task, wait):
         """Note what a session waits for: a worker (None), a socket, or nothing any more."""
         task.deadline = math.inf
         if wait == "done" or wait is None and self.service.stopping:
@@ -1650,7 +1717,7 @@ class SelectFtpServer:
     def work(self, task):
         """In a worker: run a session that may block, until it waits for its socket."""
         wait = task.advance()
-        while wait is None and not self.workers.jobs.qsize() and not self.service.stopping:
+        while wait is None and not self.workers.waiting and not self.service.stopping:
             wait = task.advance()
         if wait is None and not self.service.stopping:      # others want a worker too: to the end of the queue
             return self.workers.submit(self.work, task)
@@ -1685,13 +1752,13 @@ class SelectFtpServer:
                     self.set_alarm(task)
 
     def close(self, task):
-        conn = task.sock
+        conn = self.dic.pop(task.sock, None) and task.sock
+        if conn:
+            if task.event:
+                self.sel.unregister(conn)
+            conn.close()
+            self.service.farewell(task.session)
         task.steps.close()
-        if task.event:
-            self.sel.unregister(conn)
-        del self.dic[conn]
-        conn.close()
-        self.service.farewell(task.session)
 
     def stop(self):
         """End all sessions; False where some didn't end in time."""
@@ -1818,9 +1885,12 @@ class OneLine(logging.Formatter):
 def say(text, stream=None):
     """Print a line, also where the terminal's encoding lacks its characters."""
     stream = stream or sys.stdout
+    if stream is None:              # no terminal at all
+        return
     encoding = stream.encoding or "ascii"
-    stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
-    stream.flush()
+    with contextlib.suppress(OSError, ValueError):          # a closed one must not end transfers
+        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
+        stream.flush()
 
 
 def address_text(address):
