@@ -74,7 +74,7 @@ QUIET_TIME = 0.02          # seconds without a further byte that end a classic r
 LINGER_TIME = 5            # seconds that a peer has to read the last answer before the socket goes
 TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
 STOP_TIME = 1              # seconds that sessions have to end when the server stops
-TICK = 0.25                # seconds between two looks at whether to stop
+TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 WORKERS = 256              # threads beside the event loop, at most
@@ -2000,7 +2000,7 @@ def set_up_log(options):
     handlers = [logging.StreamHandler()]
     if options.log_file:
         try:
-            handlers.append(logging.StreamHandler(open(options.log_file, "a", encoding="utf-8", errors="backslashreplace")))
+            handlers.append(logging.FileHandler(options.log_file, encoding="utf-8"))
         except OSError as error:
             raise Unusable("can't write the log to %s: %s" % (options.log_file, error.strerror))
     for handler in handlers:
