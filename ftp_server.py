@@ -63,7 +63,7 @@ PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 20          # bytes of an upload that are collected before they are written
-SLICE = 1 << 16            # bytes sent to one client before the others have their turn, if these are many
+SLICE = 1 << 18            # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 22       # bytes hashed or compared between two chances for others to go first
@@ -1543,7 +1543,7 @@ class Workers:
         self.idle = 0               # threads that wait for a job which nobody has given them yet
         self.waiting = 0            # jobs that no thread has been found for yet
         self.lock = threading.Lock()
-        self.jobs = queue.Queue()
+        self.jobs = getattr(queue, "SimpleQueue", queue.Queue)()      # Python 3.6 has the slow one only
 
     def submit(self, function, argument):
         self.jobs.put((function, argument))
