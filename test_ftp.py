@@ -13,9 +13,13 @@ Reading order: helpers, fixtures; then the server: messages, session by hand, tr
 faults, broken peers, concurrency, shutdown, classic; then the command lines: server, client, prompt.
 """
 
+import argparse
 import collections
 import contextlib
+import decimal
 import errno
+import functools
+import glob
 import hashlib
 import inspect
 import itertools
@@ -24,19 +28,27 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
+import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
+try:
+    import pytest
+except ImportError:  # the benchmark, at the end, runs without it
+    from unittest import mock
+    pytest = mock.MagicMock()
 
 try:
     import fcntl
@@ -2093,8 +2105,436 @@ def test_classic_get_needs_its_second_word(server, peer):
 
 # ==== Discovery =====================================================================================================
 
+DISCOVER = json.dumps({"cmd": "discover"}).encode("ascii").ljust(512)
+
+
+@contextlib.contextmanager
+def datagrams(server):
+    """A UDP socket whose other end is the server's."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.settimeout(0.5)
+        sock.connect((server.host, server.port))
+        yield sock
+    finally:
+        sock.close()
+
+
+def discover(server, request=DISCOVER):
+    """Ask until there is an answer, as a datagram may be lost; the first answer."""
+    with datagrams(server) as sock:
+        def answer():
+            with contextlib.suppress(socket.timeout, ConnectionError):
+                sock.send(request)
+                return sock.recv(65536)
+        return wait_for(answer)
+
+
+def test_discovery_tells_who_and_where(server, mode):
+    answer = json.loads(discover(server).decode("utf-8"))
+    assert answer.pop("server") == "ftp_server"
+    assert answer == {"ok": True, "host": socket.gethostname()[:64], "port": server.port, "mode": mode}
+
+
+def test_discovery_request_may_be_longer(server):
+    assert json.loads(discover(server, DISCOVER.ljust(1400)).decode("utf-8"))["port"] == server.port
+
+
+@cases("name", {"long": "h" * 300, "Chinese": "教" * 64, "quotes": '"' * 64})
+def test_discovery_answer_is_never_longer_than_the_request(mode, tmp_path, name):
+    patch = "import socket; socket.gethostname = lambda: %a" % name
+    with serve(mode, tmp_path, patch=patch) as server:
+        answer = discover(server)
+        assert len(answer) <= len(DISCOVER)
+        assert json.loads(answer.decode("utf-8"))["host"][:9] == name[:9]
+
+
+UNANSWERED = {
+    "empty": b"",
+    "one byte": b"{",
+    "too short by a byte": DISCOVER[:511],
+    "spaces": b" " * 512,
+    "zeros": bytes(512),
+    "cut": DISCOVER.replace(b"}", b" "),
+    "other command": DISCOVER.replace(b"discover", b"hello   "),
+    "upper case": DISCOVER.replace(b"discover", b"DISCOVER"),
+    "no command": b"{}".ljust(512),
+    "number": b'{"cmd": 1}'.ljust(512),
+    "list": b'["discover"]'.ljust(512),
+    "list as command": b'{"cmd": ["discover"]}'.ljust(512),
+    "string": b'"discover"'.ljust(512),
+    "classic": b"get|x|0".ljust(512),
+    "two objects": (b'{"cmd": "discover"}' * 2).ljust(512),
+    "byte order mark": b"\xef\xbb\xbf" + DISCOVER,
+    "not UTF-8": b"\xff" + DISCOVER,
+    "deep": b"[" * 8000,
+    "many digits": b'{"cmd": "discover", "n": ' + b"9" * 8000 + b"}",
+    "NaN": b'{"cmd": "discover", "n": NaN}'.ljust(512),
+}
+
+
+def test_datagrams_that_ask_for_nothing_get_nothing(server):
+    with contextlib.ExitStack() as stack:
+        sockets = {stack.enter_context(datagrams(server)): name for name in UNANSWERED}
+        for sock, name in sockets.items():
+            sock.send(UNANSWERED[name])
+        discover(server)                        # the server is through with those before it, or nearly
+        answered = select.select(list(sockets), [], [], 0.3)[0]
+        assert [sockets[sock] for sock in answered] == []
+    assert server.alive()
+
+
+def test_at_most_fifty_answers_go_out_in_a_second(mode, tmp_path):
+    with serve(mode, tmp_path) as server, datagrams(server) as sock:
+        discover(server)
+        start, count = time.monotonic(), 1
+        for _ in range(40):
+            for _ in range(5):
+                sock.send(DISCOVER)
+            while select.select([sock], [], [], 0.002)[0]:
+                count += sock.recv(65536) != b""
+        while select.select([sock], [], [], 0.3)[0]:
+            count += sock.recv(65536) != b""
+        assert 1 < count <= 50 * (1 + int(time.monotonic() - start))
+        assert discover(server)                 # later there are answers again
+
+
+def test_udp_port_that_is_taken_is_a_warning_only(mode, tmp_path):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        with listen() as free:
+            port = free.getsockname()[1]        # the TCP port of that number is to be had
+        taken.bind(("127.0.0.1", port))
+        with serve(mode, tmp_path, port=port) as server:
+            wait_for(lambda: "WARNING" in server.log())
+            warning, = [line for line in server.log().split("\n") if "WARNING" in line]
+            assert "UDP port %d" % port in warning
+            assert server.alive()
+
+
+def test_no_discovery_leaves_the_udp_port_alone(mode, tmp_path):
+    with serve(mode, tmp_path, "--no-discovery") as server:
+        assert server.alive()                   # so it is past the point where discovery would begin
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((server.host, server.port))
+        assert "WARNING" not in server.log()
+
+
+@posix
+def test_datagram_is_no_traceback_when_there_is_no_thread_to_be_had(mode, tmp_path):
+    faults = Faults(tmp_path)
+    with serve(mode, tmp_path, faults=faults) as server, datagrams(server) as sock:
+        discover(server)
+        faults.arm("raise", ["thread"], last=10 ** 6)
+        sock.send(DISCOVER)
+        if mode == "socketserver":
+            wait_for(faults.struck)
+        faults.disarm()
+        assert discover(server) and server.alive()
+
+
+def find(port, folder, *more):
+    return run(PYTHON + [CLIENT, "--find", "127.0.0.1", str(port)] + list(more), folder)
+
+
+def test_find_prints_a_command_that_works(server, mode, work):
+    discover(server)
+    done = find(server.port, work)
+    assert done.code == 0 and done.err == ""
+    line, = done.out.splitlines()
+    assert mode in line and socket.gethostname()[:20] in line
+    command = re.search(r"python ftp_client\.py (\S+) (\d+)$", line)
+    done = run(PYTHON + [CLIENT] + list(command.groups()) + ["ls"], work)
+    assert done.code == 0, done
+
+
+def test_find_that_nobody_answers_is_one_line_and_exit_1(work):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute:
+        mute.bind(("127.0.0.1", 0))
+        done = find(mute.getsockname()[1], work)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1), done
+
+
+def test_find_of_an_unknown_host_is_one_line_and_exit_1(work):
+    done = run(PYTHON + [CLIENT, "--find", "no.such.host.invalid"], work)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1), done
+
+
+@contextlib.contextmanager
+def fake_discovery(*answers):
+    """Answer one datagram by all the given ones; yield the port and the list of requests."""
+    requests = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(PATIENCE)
+
+        def answer():
+            with contextlib.suppress(OSError):
+                request, sender = sock.recvfrom(65536)
+                requests.append(request)
+                for data in answers:
+                    sock.sendto(wire(data), sender)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield sock.getsockname()[1], requests
+        thread.join(PATIENCE)
+
+
+def found(**more):
+    return dict({"ok": True, "server": "ftp_server", "host": "desk", "port": 8885, "mode": "selectors"}, **more)
+
+
+def test_find_asks_as_the_protocol_says(work):
+    with fake_discovery(found()) as (port, requests):
+        assert find(port, work).code == 0
+    request, = requests
+    assert len(request) >= 512 and request[request.index(b"}") + 1:].strip() == b""
+    assert json.loads(request.decode("ascii")) == {"cmd": "discover"}
+
+
+def test_hostile_answers_to_find_are_escaped_and_never_acted_on(work):
+    with listen() as trap:
+        port = trap.getsockname()[1]
+        names = ["\x1b[2J\x07red", "two\nlines\r", "\u202eback", "\udcff\x9b1m", "h" * 5000]
+        with fake_discovery(*[found(host=name, mode=name, port=port) for name in names]) as (udp, _):
+            done = find(udp, work)                      # run() looks for raw control characters
+        assert done.code == 0 and done.err == ""
+        assert len(done.out.splitlines()) == len(names)
+        assert "\\x1b[2J" in done.out and "\u202e" not in done.out
+        assert max(map(len, done.out.splitlines())) < 1000
+        assert select.select([trap], [], [], 0)[0] == []        # nobody called at the port that they name
+    assert os.listdir(str(work)) == []
+
+
+def test_answers_to_find_that_are_none_are_not_shown(work):
+    bad = [b"", b"\xff", b"{", b"[]", b"[" * 60000, b'{"ok":' + b"9" * 60000 + b"}", {"ok": True}, found(ok=False), found(ok=1),
+           found(port="8885"), found(port=0), found(port=65536), found(port=True), found(port=8885.0), found(host=7),
+           found(host=None), found(mode=["selectors"])]
+    with fake_discovery(*bad) as (port, _):
+        done = find(port, work)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1), done
+
 
 # ==== Explain =======================================================================================================
+
+LINE = re.compile(r"explain: (link loop|communication loop|event loop|callback)\s+(\w+)\.(\w+)\b(.*)")
+
+
+def explained(server):
+    """What --explain has shown so far: (loop, class, method, the rest) for each line of that form."""
+    return [match.groups() for match in map(LINE.match, server.log().split("\n")) if match]
+
+
+def shows(steps, *wanted):
+    """Fail unless the wanted (loop, pattern of the class, method) stand among the steps, in this order."""
+    rest = iter(steps)
+    for loop, kind, method in wanted:
+        assert any(step[0] == loop and re.match("(%s)$" % kind, step[1]) and step[2] == method for step in rest), \
+            "%s.%s (%s) is not shown, or too early" % (kind, method, loop)
+
+
+SETUP = [("link loop", kind, method) for kind, method in (
+    ("ThreadFtpServer", "__init__"), ("TCPServer", "__init__"), ("BaseServer", "__init__"), ("ThreadFtpServer", "server_bind"),
+    ("TCPServer", "server_bind"), ("TCPServer", "server_activate"), ("Stoppable", "serve_forever"), ("BaseServer", "serve_forever"))]
+LINK = [("link loop", kind, method) for kind, method in (
+    ("BaseServer", "_handle_request_noblock"), ("ThreadFtpServer", "get_request"), ("ThreadFtpServer|Stoppable", "process_request"),
+    ("ThreadingMixIn", "process_request"))]
+COMMUNICATION = [("communication loop", kind, method) for kind, method in (
+    ("ThreadingMixIn", "process_request_thread"), ("BaseServer", "finish_request"), ("BaseRequestHandler", "__init__"),
+    ("BaseRequestHandler", "setup"), ("FtpHandler", "handle"), ("BaseRequestHandler", "finish"), ("TCPServer", "shutdown_request"))]
+
+
+def explaining(mode, folder, *options, **how):
+    return serve(mode, folder, "--explain", *options, **how)
+
+
+def test_explain_shows_the_real_lookup_order(tmp_path):
+    with explaining("socketserver", tmp_path) as server:
+        orders = re.findall("lookup order: (.*)", server.log())
+    for kind in (ftp_server.ThreadFtpServer, ftp_server.DiscoveryServer):
+        assert " -> ".join(parent.__name__ for parent in kind.__mro__) in orders
+    assert "ThreadingTCPServer -> ThreadingMixIn -> TCPServer -> BaseServer" in orders[0]
+    assert "ThreadingUDPServer -> ThreadingMixIn -> UDPServer -> TCPServer -> BaseServer" in orders[1]
+
+
+def test_explain_shows_both_loops_in_their_order(tmp_path):
+    with explaining("socketserver", tmp_path, "--no-discovery") as server:
+        with server.peer() as peer:
+            peer.hello()
+        wait_for(lambda: "shutdown_request" in server.log())
+        steps = explained(server)
+    shows(steps, *SETUP)
+    shows(steps, *LINK)
+    shows(steps, *COMMUNICATION)
+    handler, = [rest for _, kind, method, rest in steps if (kind, method) == ("FtpHandler", "handle")]
+    assert "socket" in handler and "raddr" in handler
+
+
+def test_explain_names_the_class_where_python_found_each_method(tmp_path):
+    with explaining("socketserver", tmp_path) as server:
+        server.alive(), discover(server)
+        wait_for(lambda: server.log().count(".shutdown_request") >= 2)
+        steps = explained(server)
+    assert len(steps) > 30
+    for _, kind, method, rest in steps:
+        found_in = getattr(ftp_server, kind, None) or getattr(ftp_server.socketserver, kind)
+        assert method in vars(found_in), "%s has no %s of its own" % (kind, method)
+        assert re.search(r"[a-z]{3}", rest.split(":", 1)[1]), "not a word on what it is for: " + method
+
+
+def test_explain_shows_a_class_that_it_has_never_heard_of(tmp_path):
+    patch = """
+import ftp_server
+class Mine(ftp_server.ThreadFtpServer):
+    def verify_request(self, request, client_address):
+        return super().verify_request(request, client_address)
+ftp_server.MODES["socketserver"] = Mine
+"""
+    with explaining("socketserver", tmp_path, patch=patch) as server:
+        server.alive()
+        steps = wait_for(lambda: [step for step in explained(server) if step[2] == "process_request"] and explained(server))
+    assert "lookup order: Mine -> ThreadFtpServer -> " in server.log()
+    shows(steps, ("link loop", "Mine", "verify_request"), ("link loop", "BaseServer", "verify_request"))
+
+
+def test_explain_shows_the_pair_that_a_request_is_over_udp(tmp_path):
+    with explaining("socketserver", tmp_path) as server:
+        discover(server)
+        wait_for(lambda: "UDPServer.shutdown_request" in server.log())
+        steps = explained(server)
+    shows(steps, ("link loop", "DiscoveryServer", "__init__"), ("link loop", "UDPServer", "server_activate"),
+          ("link loop", "UDPServer", "get_request"), ("link loop", "ThreadingMixIn", "process_request"),
+          ("communication loop", "ThreadingMixIn", "process_request_thread"), ("communication loop", "BaseServer", "finish_request"),
+          ("communication loop", "DiscoveryHandler", "handle"), ("communication loop", "UDPServer", "shutdown_request"))
+    pair = next(rest for _, kind, _, rest in steps if kind == "DiscoveryHandler")
+    assert re.search(r"\(b'\{\"cmd\": \"discover\"\}.*', <socket\.socket .*laddr=\('127\.0\.0\.1', %d\)" % server.port, pair), pair
+
+
+def test_explain_shows_the_event_loop(tmp_path):
+    with explaining("selectors", tmp_path) as server:
+        server.serves("x", b"x")
+        with server.peer() as peer:
+            assert peer.get("x")[2]["ok"]
+        wait_for(lambda: ".unregister" in server.log())
+        steps = explained(server)
+    names = [(method, re.search(r"\w+", rest.split(":", 1)[0])) for _, _, method, rest in steps if method == "register"]
+    registered = [callback.group() for _, callback in names if callback]
+    assert registered[0] == "accept" and {"discover", "resume"} <= set(registered)
+    shows(steps, ("event loop", r"\w*Selector", "register"), ("event loop", r"\w*Selector", "select"),
+          ("callback", "SelectFtpServer", "accept"), ("event loop", r"\w*Selector", "register"),
+          ("callback", "SelectFtpServer", "resume"), ("event loop", r"\w*Selector", "unregister"))
+    assert "lookup order" not in server.log()
+
+
+def test_explain_shows_the_callback_of_discovery(tmp_path):
+    with explaining("selectors", tmp_path) as server:
+        discover(server)
+        shows(explained(server), ("event loop", r"\w*Selector", "register"), ("callback", "SelectFtpServer", "discover"))
+
+
+def test_explain_writes_whole_lines_whoever_writes_with_it(tmp_path):
+    with explaining("socketserver", tmp_path) as server:
+        at_once(*[lambda: [server.alive() for _ in range(10)] for _ in range(20)])
+        wait_for(lambda: server.log().count(".close_request") >= 200)
+    lines = server.log().rstrip("\n").split("\n")
+    assert len(lines) > 2000
+    assert [line for line in lines if not re.match(r"explain: (?!.*explain: )|\d{4}-(?!.*explain: )", line)] == []
+
+
+def test_explain_goes_to_stderr_and_only_when_asked(mode, tmp_path):
+    with explaining(mode, tmp_path) as server:
+        assert server.alive()
+        wait_for(lambda: explained(server))
+    assert "explain:" not in server.out()
+    hookless = "import sys, threading; sys.setprofile = threading.setprofile = None"     # to call them would end the process
+    with serve(mode, tmp_path, patch=hookless) as server:
+        assert server.alive() and discover(server)
+    assert "explain:" not in server.out() + server.log()
+
+
+def test_explaining_server_works_as_ever(mode, tmp_path, work):
+    data = content(MIB)
+    with explaining(mode, tmp_path) as server:
+        fill(work, {"a.bin": data})
+        server.serves("b.bin", data)
+        assert client(server, "put", "a.bin", cwd=work).code == 0
+        assert client(server, "get", "b.bin", cwd=work).code == 0
+        assert server.uploads() == {"a.bin": data}
+    assert tree(work) == {"a.bin": data, "b.bin": data}
+
+
+def messages(done, arrow):
+    """What a client has explained to cross the wire in one direction: dictionaries, other text as it is."""
+    texts = [line[3:] for line in done.err.splitlines() if line.startswith(arrow + " ")]
+    return [json.JSONDecoder().raw_decode(text)[0] if text.startswith("{") else text for text in texts]
+
+
+def test_explaining_client_shows_what_it_really_sends(work):
+    sent = []
+
+    def put(peer, header):
+        sent.extend([header, "%d bytes" % len(peer.read(header["size"])), peer.line()])
+        peer.send({"ok": True, "name": header["name"], "size": header["size"], "sha256": sent[-1]["sha256"], "duplicate": False})
+
+    def get(peer, header):
+        sent.append(header)
+        peer.send({"ok": True, "size": 5, "offset": 0, "mtime": 1}, b"12345", {"ok": True, "sha256": sha(b"12345")})
+
+    def ls(peer, header):
+        sent.append(header)
+        peer.send({"ok": True, "size": 0})
+
+    fill(work, {"a": b"secret\n-> {}"})
+    with fake_server(put=put, get=get, ls=ls) as (port, headers):
+        done = client(port, "--explain", cwd=work, given="put a\nget b\nls\nexit()\n")
+        hello = headers[0]
+    assert messages(done, "->") == [hello] + sent
+    assert [message for message in messages(done, "<-")[1:]] == [
+        {"ok": True, "name": "a", "size": 12, "sha256": sha(b"secret\n-> {}"), "duplicate": False},
+        {"ok": True, "size": 5, "offset": 0, "mtime": 1}, "5 bytes", {"ok": True, "sha256": sha(b"12345")},
+        {"ok": True, "size": 0}, "0 bytes"]
+    assert "secret" not in done.err + done.out
+
+
+def test_explaining_client_shows_resume_mkdir_and_refusals(server, work):
+    name, folder = unique(), unique("d")
+    fill(work, {name: content(MIB), folder: None})
+    done = client(server, "put", "-r", name, folder, "--explain", cwd=work)
+    assert done.code == 0
+    sent = messages(done, "->")
+    assert [message["cmd"] for message in sent if isinstance(message, dict) and "cmd" in message] == ["hello", "resume", "put", "mkdir"]
+    assert "%d bytes" % MIB in sent
+    done = client(server, "get", "nothing", "--explain", cwd=work)
+    assert done.code == 1 and messages(done, "<-")[-1]["code"] == "not-found"
+
+
+def test_explaining_client_shows_the_classic_dialect(server, work):
+    name = unique("txt")
+    fill(work, {name: b"four"})
+    server.serves(name, b"hello\n")
+    done = client(server, "put", name, "--classic", "--explain", cwd=work)
+    assert done.code == 0
+    assert (messages(done, "->"), messages(done, "<-")) == (["put|%s|4" % name, "4 bytes"], ["OK"])
+    done = client(server, "get", name, "-f", "--classic", "--explain", cwd=work)
+    assert done.code == 0
+    assert (messages(done, "->"), messages(done, "<-")) == (["get|%s|0" % name, "second_active"], ["YES|6", "6 bytes"])
+    done = client(server, "get", "nothing", "--classic", "--explain", cwd=work)
+    assert (messages(done, "->"), messages(done, "<-")) == (["get|nothing|0"], ["NO|0"])
+
+
+def test_explaining_find_shows_both_datagrams(work):
+    with fake_discovery(found(host="\x1b[2J")) as (port, _):
+        done = find(port, work, "--explain")
+    assert messages(done, "->")[0] == {"cmd": "discover"}
+    assert messages(done, "<-")[0] == found(host="\x1b[2J")
+
+
+def test_client_that_need_not_explain_is_quiet(server, work):
+    name = unique()
+    fill(work, {name: b"x"})
+    plain, told = (client(server, "put", name, *more, cwd=work) for more in ([], ["--explain"]))
+    assert plain.code == told.code == 0 and plain.err == "" and told.err
+    assert told.out.replace("already there", "stored") == plain.out
 
 
 # ==== Command line: the server ======================================================================================
@@ -3071,4 +3511,1160 @@ def test_no_progress_bar_but_on_a_terminal(lone, work):
     assert "\r" not in done.out + done.err and "%" not in done.err
 
 
-# ==== SQL ===========================================================================================================
+# ==== SQL: every promise in db_notes.sql, checked on real engines ===================================================
+# The notes (their head explains the notation) become steps; an engine takes them in order; what
+# comes of each is held against its promise. SQLite is Python's own. MariaDB and PostgreSQL are
+# private servers on loopback ports, spoken to through their command-line clients.
+
+NOTES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "db_notes.sql")
+SQL_ENGINES = ("sqlite", "mariadb", "postgresql")
+ATTEMPT = re.compile(r"-- (try|student): (.*)")
+PROMISED_ROW = re.compile(r"-- > (?:(%s): )?(.*)" % "|".join(SQL_ENGINES))
+PROMISED_CODES = re.compile(r"-- ! (.*)")
+POSTGRESQL_ONLY = "/* /* */ -- */"
+STUDENT, STUDENT_PASSWORD = "db_notes_student", "Put-4-Get-2"   # the user that the notes create
+SQL_CLIENT_TIMEOUT = 30     # seconds: a client that hangs is killed, and its step fails
+DATABASE_TIMEOUT = 60   # seconds: for a server to come up, or to be gone, on a slow machine
+
+# sql is a statement of the file ("file"), or what the reader is to type ("try", "student"); promises
+# maps an engine, or "all", to a list of rows or to an error code.
+Step = collections.namedtuple("Step", "line sql who promises")
+
+
+def parse_notes(text):
+    """Return the steps of the notes, in order."""
+    steps, sql = [], ""
+    for number, line in enumerate(text.splitlines(), 1):
+        attempt = ATTEMPT.fullmatch(line)
+        if attempt:
+            steps.append(Step(number, attempt.group(2), attempt.group(1), {}))
+        elif line.startswith(("-- > ", "-- ! ")):
+            add_promise(steps[-1].promises, line)
+        else:
+            sql += line + "\n"
+            if sqlite3.complete_statement(sql) or line.startswith(POSTGRESQL_ONLY):
+                steps.append(Step(number, sql, "file", {}))
+                sql = ""
+    return steps
+
+
+def add_promise(promises, line):
+    """Add what one line promises: a row, for all engines or for one, or a code for each engine."""
+    codes = PROMISED_CODES.fullmatch(line)
+    if codes:
+        for engine, code in (item.split() for item in codes.group(1).split(", ")):
+            assert engine in SQL_ENGINES, line
+            promises[engine] = code
+    else:
+        engine, row = PROMISED_ROW.fullmatch(line).groups()
+        promises.setdefault(engine or "all", []).extend(read_rows([row], " | "))
+
+
+def sql_cell(text):
+    """Return a number as a Decimal, so that 3.5 and 3.5000 are equal; other text as it is."""
+    try:
+        return decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        return text
+
+
+def read_rows(lines, separator="\t"):
+    return [[sql_cell(text) for text in line.split(separator)] for line in lines]
+
+
+def promised(step, engine):
+    """Return what step promises on engine: rows, a code, or None where it is not for this engine."""
+    if step.who == "student" and engine == "sqlite":
+        return None             # SQLite has no users
+    unsaid = [] if step.who == "file" else None
+    return step.promises.get(engine, step.promises.get("all", unsaid))
+
+
+def play(dbms, steps):
+    """Take the steps on an engine; return what came of each, rows or an error code, by line."""
+    session = dbms.session()
+    try:
+        return {step.line: session.run(step.sql, step.who)
+                for step in steps if promised(step, dbms.name) is not None}
+    finally:
+        session.close()
+
+
+def broken(steps, engine, outcomes):
+    """Return a line of text for each promise that the outcomes do not keep."""
+    faults = []
+    for step in steps:
+        promise = promised(step, engine)
+        outcome = outcomes.get(step.line)
+        passed = promise == "ok" and isinstance(outcome, list)
+        if promise != outcome and not passed:
+            faults.append("%s, line %d: promised %s, got %s" % (engine, step.line, promise, outcome))
+    return faults
+
+
+# ---- Sessions: run(sql, who) returns rows or an error code ----
+
+class SqliteSession:
+    def __init__(self):
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+
+    def run(self, sql, who):
+        try:
+            return [[sql_cell("NULL" if value is None else str(value)) for value in row]
+                    for row in self.db.execute(sql)]
+        except sqlite3.Error as error:
+            return type(error).__name__
+
+    def close(self):
+        self.db.close()
+
+
+class SqlClient:
+    """A command-line client kept running: statements go in, rows or an error code come out."""
+
+    END = "-- end of answer --"
+
+    def __init__(self, argv, print_end, error):
+        self.print_end, self.error = print_end, re.compile(error)
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding="utf-8", env=client_environment())
+
+    def run(self, sql):
+        watchdog = threading.Timer(SQL_CLIENT_TIMEOUT, self.process.kill)
+        watchdog.start()
+        try:
+            self.process.stdin.write("%s\n%s\n" % (sql, self.print_end))
+            self.process.stdin.flush()
+            return self.read_answer()
+        finally:
+            watchdog.cancel()
+
+    def read_answer(self):
+        lines = []
+        for line in iter(self.process.stdout.readline, self.END + "\n"):
+            assert line, "the client ended: %s" % lines
+            lines.append(line.rstrip("\n"))
+        errors = [error.group(1) for error in map(self.error.match, lines) if error]
+        return errors[0] if errors else read_rows(lines)
+
+    def close(self):
+        self.process.communicate()      # closes its stdin, at which it ends
+
+
+class MariadbSession:
+    def __init__(self, server):
+        self.server = server
+        self.clients = {"root": server.open_client("root")}
+
+    def run(self, sql, who):
+        if who != "student":
+            return self.clients["root"].run(sql)
+        if STUDENT not in self.clients:     # only now: the notes have created the user meanwhile
+            self.clients[STUDENT] = self.server.open_client(STUDENT, STUDENT_PASSWORD)
+        return self.clients[STUDENT].run(sql)
+
+    def close(self):
+        for client in self.clients.values():
+            client.close()
+
+
+class PostgresqlSession:
+    def __init__(self, server):
+        self.client = server.open_client()
+
+    def run(self, sql, who):
+        if who != "student":
+            return self.client.run(sql)
+        assert self.client.run("SET ROLE %s;" % STUDENT) == []
+        outcome = self.client.run(sql)
+        assert self.client.run("RESET ROLE;") == []
+        return outcome
+
+    def close(self):
+        self.client.close()
+
+
+# ---- Engines ----
+
+def client_environment():
+    """Return this process's environment without settings that redirect or translate the clients."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("MYSQL", "MARIADB", "PG"))}
+    return dict(kept, LC_ALL="C")
+
+
+def find_program(name):
+    """Return the path of a program, or None; servers are not always on a user's PATH."""
+    versions = sorted(glob.glob("/usr/lib/postgresql/*/bin"),
+                      key=lambda path: [int(number) for number in re.findall(r"\d+", path)])
+    folders = versions[::-1] + [os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/libexec"]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def database_account():
+    """Return the uid and gid for servers: "nobody" instead of root, which they refuse; else None."""
+    if os.geteuid() != 0:
+        return None
+    import pwd      # POSIX only, and so are the servers
+    nobody = pwd.getpwnam("nobody")
+    return nobody.pw_uid, nobody.pw_gid
+
+
+def leashed(argv, death_signal):
+    """Return the command that runs argv and ends with this process, however this process ends.
+
+    The kernel sends the signal when the thread that started the command ends (PR_SET_PDEATHSIG): call
+    this from the main thread. setpriv sets it last, since a change of user clears it; then sh makes
+    sure that the parent did not end before that, when nothing would be sent any more.
+    """
+    setpriv = ["setpriv", "--pdeathsig", death_signal]
+    if database_account():
+        setpriv += ["--reuid=%d" % database_account()[0], "--regid=%d" % database_account()[1],
+                    "--clear-groups"]
+    still_there = ["sh", "-c", 'test "$PPID" = "$0" && exec "$@"', str(os.getpid())]
+    return setpriv + still_there + argv
+
+
+@contextlib.contextmanager
+def database_folder():
+    """Make a folder for a server, and remove it in the end."""
+    account = database_account()    # which could not enter a folder inside one that is root's alone
+    folder = tempfile.mkdtemp(prefix="ftp_sql_", dir="/tmp" if account else None)
+    try:
+        if account:
+            os.chown(folder, *account)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def loopback_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Sqlite:
+    name = "sqlite"
+
+    def session(self):
+        return SqliteSession()
+
+
+class DatabaseServer:
+    """A private database server with its data in folder, on a loopback port, leashed to us."""
+
+    def __init__(self, folder):
+        self.folder, self.data = folder, os.path.join(folder, "data")
+        self.log = os.path.join(folder, "log")
+        self.process = self.spawn(self.install())
+        assert self.process.wait() == 0, self.read_log()
+        for _ in range(5):      # another program may take the free port before the server does
+            self.port = loopback_port()
+            self.process = self.spawn(self.serve())
+            if self.answers():
+                return
+        pytest.fail("%s does not start: %s" % (self.name, self.read_log()))
+
+    def spawn(self, argv):
+        # MariaDB clears the folder for temporary files of other servers' tables: let it have its own.
+        environment = dict(client_environment(), TMPDIR=self.folder)
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                leashed(argv, self.death_signal), cwd=self.folder, env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def answers(self):
+        """Wait until the server answers a client; return whether it does, and end it if not."""
+        deadline = time.monotonic() + DATABASE_TIMEOUT
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if self.ask("SELECT 1;", check=False) == "1\n":
+                return True
+            time.sleep(0.02)
+        self.stop()
+        return False
+
+    def ask(self, sql, options=(), check=True):
+        """Run sql in a client of its own, which stops at the first error; return what it prints."""
+        asked = subprocess.run(
+            self.client() + list(options), input=sql, env=client_environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        assert asked.returncode == 0 or not check, asked.stderr
+        return asked.stdout
+
+    def read_log(self):
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return log.read()
+
+    def stop(self):
+        self.process.send_signal(getattr(signal, "SIG" + self.death_signal))
+        self.process.wait()
+
+
+class Mariadb(DatabaseServer):
+    name = "mariadb"
+    programs = ("mariadbd", "mariadb-install-db", "mariadb")
+    apt = "apt-get install -y --no-install-recommends mariadb-server-core mariadb-client-core"
+    death_signal = "KILL"
+    small = ["--innodb-log-file-size=4M", "--innodb-buffer-pool-size=8M"]
+    inventory = "SHOW DATABASES; SELECT user, host FROM mysql.user ORDER BY user, host"  # and roles
+
+    def install(self):
+        return [find_program("mariadb-install-db"), "--no-defaults", "--datadir=" + self.data,
+                "--auth-root-authentication-method=normal", "--skip-test-db"] + self.small
+
+    def serve(self):
+        return [find_program("mariadbd"), "--no-defaults", "--datadir=" + self.data,
+                "--bind-address=127.0.0.1", "--port=%d" % self.port,
+                "--socket=socket",      # in the data folder: a full path may be too long for one
+                "--innodb-flush-log-at-trx-commit=0", "--performance-schema=OFF"] + self.small
+
+    def client(self, user="root", password=""):
+        return [find_program("mariadb"), "--no-defaults", "--skip-ssl", "--protocol=tcp",
+                "--host=127.0.0.1", "--port=%d" % self.port, "--user=" + user,
+                "--password=" + password, "--batch", "--skip-column-names"]
+
+    def open_client(self, *account):
+        return SqlClient(self.client(*account) + ["--force", "--unbuffered"],
+                         "SELECT '%s';" % SqlClient.END, r"ERROR (\d+) ")
+
+    def session(self):
+        return MariadbSession(self)
+
+
+class Postgresql(DatabaseServer):
+    name = "postgresql"
+    programs = ("initdb", "postgres", "psql")
+    apt = "apt-get install -y --no-install-recommends postgresql"
+    death_signal = "QUIT"       # at once, yet its children and its shared memory go too
+    inventory = ("SELECT datname FROM pg_database UNION ALL SELECT rolname FROM pg_roles"
+                 " UNION ALL SELECT relname FROM pg_class ORDER BY 1")
+
+    def install(self):
+        return [find_program("initdb"), "--pgdata=" + self.data, "--username=postgres",
+                "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
+
+    def serve(self):
+        return [find_program("postgres"), "-D", self.data, "-p", str(self.port), "-F",
+                "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+
+    def client(self):
+        return [find_program("psql"), "--host=127.0.0.1", "--port=%d" % self.port,
+                "--username=postgres", "--dbname=postgres", "--no-psqlrc", "--quiet",
+                "--tuples-only", "--no-align", "--field-separator=\t", "--pset=null=NULL",
+                "--set=ON_ERROR_STOP=1"]
+
+    def open_client(self):
+        return SqlClient(self.client() + ["--set=ON_ERROR_STOP=0", "--set=VERBOSITY=verbose"],
+                         "\\echo '%s'" % SqlClient.END, r"ERROR:  (\w{5}):")
+
+    def session(self):
+        return PostgresqlSession(self)
+
+
+def need_database(engine):
+    """Skip the test where the server is not installed; under CI, MariaDB's absence is a failure."""
+    missing = [name for name in engine.programs + ("setpriv",) if not find_program(name)]
+    if missing:
+        reason = "no %s; on Debian and Ubuntu: %s" % (", ".join(missing), engine.apt)
+        if engine is Mariadb and os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def database_servers():
+    """Return a function that starts a server when it is first asked for; end them all at last."""
+    with contextlib.ExitStack() as cleanup:
+        @functools.lru_cache(maxsize=None)
+        def start(engine):
+            need_database(engine)
+            running = engine(cleanup.enter_context(database_folder()))
+            cleanup.callback(running.stop)
+            return running
+        yield start
+
+
+needs_window_functions = pytest.mark.skipif(
+    sqlite3.sqlite_version_info < (3, 25), reason="SQLite %s is too old" % sqlite3.sqlite_version)
+
+
+@pytest.fixture(params=[pytest.param(Sqlite, marks=needs_window_functions), Mariadb, Postgresql],
+                ids=SQL_ENGINES)
+def dbms(request, database_servers):
+    """Every engine in turn."""
+    return Sqlite() if request.param is Sqlite else database_servers(request.param)
+
+
+@pytest.fixture(scope="module")
+def notes():
+    with open(NOTES, encoding="utf-8") as file:
+        return file.read()
+
+
+# ---- Tests ----
+
+def test_every_promise_of_the_notes_is_kept(dbms, notes):
+    steps = parse_notes(notes)
+    assert broken(steps, dbms.name, play(dbms, steps)) == []
+
+
+def falsified(step, engine):
+    """Yield step with its promise to engine changed, in each way that a slip of the pen might."""
+    promise = promised(step, engine)
+    wrong = []
+    if isinstance(promise, str):
+        wrong += ["0", "ok" if promise != "ok" else "1142"]
+    elif promise is not None:
+        wrong += [promise + [["one row more"]], "1064"]
+        for i, row in enumerate(promise):
+            wrong.append(promise[:i] + promise[i + 1:])
+            for j in range(len(row)):
+                wrong.append(promise[:i] + [row[:j] + ["other"] + row[j + 1:]] + promise[i + 1:])
+    for other in wrong:
+        yield step._replace(promises=dict(step.promises, **{engine: other}))
+    if engine in step.promises and step.who == "file":      # the difference between engines left out
+        yield step._replace(promises={name: rows for name, rows in step.promises.items()
+                                      if name != engine})
+
+
+def test_every_single_changed_promise_is_caught(dbms, notes):
+    steps = parse_notes(notes)
+    outcomes = play(dbms, steps)
+    changed = [wrong for step in steps for wrong in falsified(step, dbms.name)]
+    assert len(changed) > len(outcomes) > 0
+    assert [wrong for wrong in changed if not broken([wrong], dbms.name, outcomes)] == []
+
+
+FALSE_PROMISES = {
+    "row": ("-- > WANG | NULL\n", "-- > WANG | lab.zip\n"),
+    "missing-row": ("-- > LI | 940\n", ""),
+    "code": ("-- ! sqlite IntegrityError, mariadb 1062, postgresql 23505\n",
+             "-- ! sqlite OperationalError, mariadb 1063, postgresql 23506\n"),
+    "failure": ("-- ! sqlite IntegrityError, mariadb 1451, postgresql 23503\n",
+                "-- ! sqlite ok, mariadb ok, postgresql ok\n"),
+    "difference": ("-- > 3\n-- > mariadb: 3.5\n", "-- > 3.5\n-- > mariadb: 3\n"),
+    "privilege": ("-- ! mariadb 1142, postgresql 42501\n", "-- ! mariadb ok, postgresql ok\n"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(FALSE_PROMISES))
+def test_notes_with_a_false_promise_fail(dbms, notes, kind):
+    promise, changed = FALSE_PROMISES[kind]
+    assert promise in notes
+    steps = parse_notes(notes.replace(promise, changed))
+    faults = broken(steps, dbms.name, play(dbms, steps))
+    assert bool(faults) == (kind != "privilege" or dbms.name != "sqlite"), faults   # no users there
+
+
+def promised_output(notes, engine):
+    """Return the rows that the file as a whole promises to print."""
+    return [row for step in parse_notes(notes) if step.who == "file"
+            for row in promised(step, engine)]
+
+
+@pytest.mark.parametrize("engine, options", [
+    (Mariadb, []),
+    (Mariadb, ["--comments"]),      # the client cuts comments out, or hands them on
+    (Postgresql, []),
+], ids=["mariadb", "mariadb-comments", "psql"])
+def test_file_runs_twice_in_a_client_and_leaves_nothing(database_servers, notes, engine, options):
+    dbms = database_servers(engine)
+    before = dbms.ask(dbms.inventory)
+    for _ in range(2):
+        printed = dbms.ask(notes, options)
+        assert read_rows(printed.splitlines()) == promised_output(notes, dbms.name)
+    assert dbms.ask(dbms.inventory) == before
+
+
+@needs_window_functions
+def test_file_runs_twice_in_python_and_leaves_nothing(notes):
+    db = sqlite3.connect(":memory:")
+    for _ in range(2):
+        db.executescript(notes)
+        assert db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,)
+    db.close()
+
+
+@pytest.fixture
+def sqlite3_shell():
+    """Return the path of SQLite's shell, if one is installed that can refuse double-quoted strings."""
+    shell = find_program("sqlite3")
+    if not shell:
+        pytest.skip("no sqlite3; on Debian and Ubuntu: apt-get install -y sqlite3")
+    version = subprocess.check_output([shell, "-version"], encoding="ascii").split()[0]
+    if [int(number) for number in version.split(".")] < [3, 29]:
+        pytest.skip("sqlite3 %s is too old" % version)
+    return shell
+
+
+def test_file_runs_twice_in_the_sqlite3_shell_without_double_quoted_strings(sqlite3_shell, notes):
+    printed = subprocess.check_output(
+        [sqlite3_shell, "-batch", "-bail", "-init", os.devnull, "-nullvalue", "NULL",
+         "-cmd", ".dbconfig dqs_dml off", "-cmd", ".dbconfig dqs_ddl off"],
+        input=notes * 2, stderr=subprocess.DEVNULL, encoding="utf-8").splitlines()
+    assert [line.split() for line in printed[:2]] == [["dqs_dml", "off"], ["dqs_ddl", "off"]]
+    assert read_rows(printed[2:], "|") == promised_output(notes, "sqlite") * 2
+
+
+@pytest.mark.skipif(not hasattr(sqlite3.Connection, "setconfig"), reason="new in Python 3.12")
+def test_sqlite_takes_a_double_quoted_string_unless_told_not_to(notes):
+    session = SqliteSession()
+    session.db.execute("CREATE TABLE tb_table (id, name)")
+    session.db.execute("INSERT INTO tb_table VALUES (1, 'YUAN')")
+    example = 'SELECT * FROM tb_table WHERE NAME="YUAN"'
+    assert example in notes
+    session.db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
+    assert session.run(example, "try") == [[1, "YUAN"]]
+    session.db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)
+    assert session.run(example, "try") == "OperationalError"
+    session.close()
+
+
+@pytest.mark.parametrize("ci, outcome", [("", pytest.skip), ("true", pytest.fail)])
+def test_missing_mariadb_is_a_skip_and_under_ci_a_failure(monkeypatch, ci, outcome):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(shutil, "which", lambda *args, **options: None)
+    with pytest.raises(outcome.Exception) as raised:
+        need_database(Mariadb)
+    assert Mariadb.apt in str(raised.value)
+
+
+def processes_in(folder):
+    """Return the ids of the processes that work in folder, as a server and its children do."""
+    def works_there(pid):
+        try:
+            return os.readlink("/proc/%s/cwd" % pid).startswith(folder)
+        except OSError:     # ended meanwhile, or another user's
+            return False
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and works_there(pid)]
+
+
+@pytest.mark.parametrize("engine", [Mariadb, Postgresql])
+def test_no_server_outlives_a_killed_test_run(engine):
+    need_database(engine)
+    start = "import sys, {0} as tests; tests.{1}(sys.argv[1]); print('up', flush=True); input()"
+    with database_folder() as folder, subprocess.Popen(
+            [sys.executable, "-c", start.format(__name__, engine.__name__), folder],
+            cwd=os.path.dirname(os.path.abspath(__file__)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as run:
+        try:
+            assert run.stdout.readline() == "up\n"
+            assert processes_in(folder)
+        finally:
+            run.kill()
+        deadline = time.monotonic() + DATABASE_TIMEOUT
+        while processes_in(folder) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert processes_in(folder) == []
+
+
+# ==== README: every command in it works =============================================================================
+
+README = os.path.join(HERE, "README.md")
+FILES = ["ftp_server.py", "ftp_client.py", "db_notes.sql", "test_ftp.py", "README.md"]
+BLOCK = re.compile(r"^(?:<!-- exit (\d+) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROMPT = re.compile(r"python3 ftp_client\.py( \S+ \d+)?$")
+
+
+def readme():
+    return read_bytes(README).decode("utf-8")
+
+
+def sections(text, mark="## "):
+    """Split a text at its headings: {heading: what stands beneath}."""
+    pieces = re.split("^" + re.escape(mark), text, flags=re.MULTILINE)
+    return {piece.split("\n", 1)[0]: piece for piece in pieces[1:]}
+
+
+RUNNABLE = [title for title, text in sections(readme()).items() if BLOCK.search(text)] if os.path.exists(README) else []
+
+
+class Typist:
+    """Types what a page says in a fresh folder with copies of the five files; only the port is another."""
+
+    def __init__(self, folder):
+        self.folder, self.shown, self.process = str(folder), [], None
+        with listen() as sock:
+            self.port = str(sock.getsockname()[1])
+        for name in FILES:
+            data = read_bytes(os.path.join(HERE, name))
+            with open(os.path.join(self.folder, name), "wb") as file:
+                file.write(data.replace(b"\nPORT = 8885 ", b"\nPORT = %s " % self.port.encode("ascii")))
+        bin_folder = os.path.join(self.folder, "bin")
+        os.mkdir(bin_folder)
+        for name in ("python", "python3"):
+            path = os.path.join(bin_folder, name)
+            with open(path, "w") as file:
+                file.write('#!/bin/sh\ncase "$1" in ftp_*) set -- -W error "$@";; esac\nexec "%s" "$@"\n' % sys.executable)
+            os.chmod(path, 0o755)
+        self.environment = dict(ENVIRONMENT, PATH=bin_folder + os.pathsep + os.environ["PATH"])
+        self.environment.pop("PYTHONSTARTUP", None)
+
+    def play(self, text):
+        """Do what the blocks of one exercise say, and look for what they promise."""
+        blocks = [(int(code or 0), kind, body.replace("8885", self.port)) for code, kind, body in BLOCK.findall(text)]
+        self.shown = []
+        try:
+            for number, (code, kind, body) in enumerate(blocks):
+                if kind == "sh":
+                    following = blocks[number + 1][2] if number + 1 < len(blocks) else ""
+                    for line in body.splitlines():
+                        self.type(line, code, following)
+                elif kind == "python":
+                    done = self.run([sys.executable, "-i", "-q"], body)
+                    assert done.returncode == 0
+                elif kind == "text":
+                    for line in body.splitlines():
+                        if line.strip() and not line.startswith(">>>"):
+                            self.look_for(line)
+        finally:
+            self.stop()
+
+    def type(self, line, code, following):
+        if line.startswith("python3 ftp_server.py"):
+            self.stop(signal.SIGKILL)
+            self.start_server(line)
+        elif " -m venv " in line:
+            self.collect_tests(line)
+        elif PROMPT.match(line):
+            typed = [text[3:] for text in following.splitlines() if text.startswith(">>>")]
+            assert self.run(["sh", "-c", line], "\n".join(typed) + "\n").returncode == code
+        else:
+            assert self.run(["sh", "-c", line]).returncode == code, line + "\n" + "\n".join(self.shown)
+
+    def run(self, command, given=""):
+        done = subprocess.run(command, cwd=self.folder, input=given.encode("utf-8"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=60, env=self.environment)
+        for stream in (done.stdout, done.stderr):
+            text = stream.decode("utf-8")
+            assert "Traceback" not in text and "SyntaxError" not in text, text
+            self.shown.append(text)
+        return done
+
+    def start_server(self, line):
+        self.log_path = os.path.join(self.folder, "window%d" % next(counter))
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(PYTHON + line.split()[1:], cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=subprocess.STDOUT, env=self.environment)
+        wait_for(lambda: self.process.poll() is not None or b"listening on " in read_bytes(self.log_path))
+        assert self.process.poll() is None, read_bytes(self.log_path)
+
+    def stop(self, how=signal.SIGINT):
+        process, self.process = self.process, None
+        if process:
+            process.send_signal(how)
+            assert process.wait(PATIENCE) == (0 if how == signal.SIGINT else -how)
+            self.shown.append(read_bytes(self.log_path).decode("utf-8"))
+            assert not TRACES.search(self.shown[-1]), self.shown[-1]
+
+    def collect_tests(self, line):
+        """The command for the tests, but for the download: its last part finds and loads them."""
+        venv, pip, tests = line.split(" && ")
+        assert (venv, pip) == ("python3 -m venv .venv", ".venv/bin/pip install -q pytest")
+        done = self.run([sys.executable] + tests.split()[1:] + ["--collect-only", "-p", "no:cacheprovider"])
+        assert tests.split()[0] == ".venv/bin/python" and done.returncode == 0
+
+    def look_for(self, line):
+        """Wait until a line is shown; in the page's text … stands for anything."""
+        words = " ".join(line.split())
+        pattern = re.compile(".*".join(map(re.escape, words.split("…"))) + "$")
+
+        def seen():
+            log = [read_bytes(self.log_path).decode("utf-8")] if self.process else []
+            return any(pattern.match(" ".join(re.sub(r"^(>>>)+", "", shown).split()))
+                       for text in self.shown + log for shown in text.splitlines())
+
+        try:
+            wait_for(seen, 5)
+        except AssertionError:
+            pytest.fail("nowhere to be seen: %s\n%s" % (line, "\n".join(self.shown)))
+
+
+@linux
+@pytest.mark.parametrize("title", RUNNABLE)
+def test_what_the_readme_says_works_in_a_fresh_folder(title, tmp_path):
+    text = sections(readme())[title]
+    typist = Typist(tmp_path)
+    exercises = sections(text, "### ")
+    for exercise in [text] if not exercises else exercises.values():
+        typist.play(exercise)
+        if "kill" in exercise.split("\n")[0].lower():
+            assert any(re.search(r'-> .*"cmd": "put".*"offset": [1-9]', shown) for shown in typist.shown)
+
+
+def test_readme_has_a_lab_sheet_of_about_ten_exercises():
+    exercises = sections(sections(readme())["Lab sheet"], "### ")
+    assert 9 <= len(exercises) <= 13
+    for title, text in exercises.items():
+        kinds = [kind for _, kind, _ in BLOCK.findall(text)]
+        assert "text" in kinds and {"sh", "python"} & set(kinds) and "*Question:*" in text, title
+
+
+@pytest.mark.parametrize("script, title", [(SERVER, "The server"), (CLIENT, "The client")], ids=["server", "client"])
+def test_readme_lists_every_option(script, title, tmp_path):
+    shown = run(PYTHON + [script, "--help"], tmp_path).out
+    options = {name for pair in re.findall(r"^  (-\w|--[\w-]+)(?:, (--[\w-]+))?", shown, re.MULTILINE) for name in pair if name}
+    rows = [row.split("|")[1] for row in sections(readme())[title].splitlines() if re.match(r"\| `-", row)]
+    assert {name for row in rows for name in re.findall(r"(?<![\w-])-[\w-]+", row)} == options
+
+
+def test_readme_lists_every_command_and_every_error_code():
+    commands = re.findall(r"^\| `(\w+|\?)", sections(readme())["The client"], re.MULTILINE)
+    assert set(ftp_client.COMMANDS) - {"?"} <= set(commands)
+    protocol = sections(readme())["The protocol"]
+    assert set(ftp_server.COMMANDS) == set(re.findall(r'^\| `\{"cmd":"(\w+)"', protocol, re.MULTILINE))
+    assert set(CODES) <= set(re.findall(r"`([a-z-]+)`", protocol))
+
+
+def resolve(name):
+    """The class or function of one of the scripts that a dotted name means, or None."""
+    for module in (ftp_server, ftp_client):
+        thing = module
+        for part in name.split("."):
+            thing = getattr(thing, part, None)
+        if thing is not None:
+            return thing
+
+
+def test_table_of_classic_bugs_names_real_code_and_real_tests():
+    rows = [row.strip("|").split("|") for row in sections(readme())["Classic bugs"].splitlines() if row.startswith("| ")][1:]
+    assert len(rows) >= 15
+    for bug, wrong, code, tests in rows:
+        names = re.findall(r"`([^`]+)`", code)
+        assert names and all(callable(resolve(name)) for name in names), "no such thing: " + code
+        tests = re.findall(r"`([^`]+)`", tests)
+        assert tests and all(callable(globals().get(name)) and name.startswith("test_") for name in tests), "no such test: %s" % tests
+
+
+# ==== Benchmark: python test_ftp.py, without pytest =================================================================
+#
+# Both modes on loopback beside "raw", the least that Python does to move the same bytes. Rates say something about
+# the machine; the ratio to raw, measured in the same round, says something about the scripts.
+
+SMALL_SIZE, CROWD_SIZE = 4 * KIB, 4 * MIB
+ROUNDS, ROW_TIME = 5, 7  # no further round after so many seconds, so that all takes less than two minutes
+LONGEST = 120  # seconds that one process may take before it is killed
+GETS = 31  # 1 MiB gets whose median is what one more client waits
+
+Side = collections.namedtuple("Side", "name process port")
+Run = collections.namedtuple("Run", "seconds server client")  # time; CPU seconds of either side, None where unknown
+Work = collections.namedtuple("Work", "what unit amount size run first")  # run(side) is one run; first() prepares
+SIDES = ["raw", "selectors", "socketserver"]
+TABLE_LINE = "%-39s %-7s %8s %9s  %10s %5s %9s  %12s %5s %9s"
+
+
+class Failure(Exception):
+    """Something could not be measured; str() says why."""
+
+
+# The functions as far as BARE run in processes of their own, python -I -S -c, without anything else of this file.
+
+
+def bare_server():
+    """Serve served/ and store into stored/: no checks, no digest, no log, a thread for each connection."""
+    threading.stack_size(1 << 18)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1024)
+    print("listening on 127.0.0.1:%d (raw)" % listener.getsockname()[1], flush=True)
+    while True:
+        threading.Thread(target=raw_session, args=listener.accept()[:1], daemon=True).start()
+
+
+def raw_session(sock):
+    """Answer lines `get NAME` and `put NAME SIZE`; small answers are held back until an empty line asks for them."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    owed = bytearray()
+    with sock, sock.makefile("rb", 1 << 18) as stream:
+        for line in stream:
+            words = line.decode().split()
+            if not words:
+                sock.sendall(owed)
+                owed.clear()
+            elif words[0] == "get":
+                raw_send(sock, owed, "served/" + words[1], "%d\n")
+            else:
+                raw_store(stream, "stored/" + words[1], int(words[2]))
+                owed += b"ok\n"
+
+
+def raw_send(sock, owed, path, header):
+    """Send a header line with the file's size in it, and the file; what is small is joined in owed."""
+    fd = os.open(path, os.O_RDONLY)
+    size, sent = os.fstat(fd).st_size, 0
+    owed += (header % size).encode()
+    small = size <= 1 << 16
+    if small:
+        owed += os.read(fd, size)
+    if not small or len(owed) > 1 << 18:
+        sock.sendall(owed)
+        owed.clear()
+    while not small and sent < size:
+        sent += os.sendfile(sock.fileno(), fd, sent, size - sent)
+    os.close(fd)
+
+
+def raw_store(stream, path, size):
+    """Receive size bytes into a partial file, then give it its name."""
+    fd = os.open(path + ".part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    if size <= 1 << 16:
+        os.write(fd, stream.read(size))
+    else:
+        view = memoryview(bytearray(1 << 20))
+        while size:
+            count = stream.readinto1(view[:size])  # the rest of the stream's small buffer, then straight recv_into()
+            if not count:
+                raise EOFError("the other side closed")
+            size -= os.write(fd, view[:count])
+    os.close(fd)
+    os.replace(path + ".part", path)
+
+
+def raw_get(port, pattern, count):
+    """Fetch names, numbers for the pattern's star, over one connection; at most 512 are asked for ahead."""
+    names = [pattern.replace("*", str(number)) for number in range(int(count))]
+    sock = socket.create_connection(("127.0.0.1", int(port)))
+    with sock, sock.makefile("rb", 1 << 18) as stream:
+        for number in range(-256, len(names)):
+            if number % 256 == 0:
+                asked = names[number + 256:number + 512]
+                sock.sendall(("".join("get %s\n" % name for name in asked) + "\n").encode())
+            if number >= 0:
+                raw_store(stream, names[number], int(stream.readline()))
+
+
+def raw_put(port, pattern, count):
+    """Send files over one connection; then see that each was stored."""
+    names = [pattern.replace("*", str(number)) for number in range(int(count))]
+    sock = socket.create_connection(("127.0.0.1", int(port)))
+    owed = bytearray()
+    with sock, sock.makefile("rb") as stream:
+        for name in names:
+            raw_send(sock, owed, name, "put " + name + " %d\n")
+        sock.sendall(owed + b"\n")
+        for _ in names:
+            if stream.readline() != b"ok\n":
+                raise EOFError("the other side closed")
+
+
+def crowd(port, clients, size, request, last):
+    """Be many clients at once that throw away what they get; print the seconds until all have got all of it.
+
+    An answer is a line, size bytes and whatever ends in last."""
+    selector, buffer, start = selectors.DefaultSelector(), bytearray(1 << 18), time.perf_counter()
+    for _ in range(int(clients)):
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", int(port)))
+        selector.register(sock, selectors.EVENT_WRITE, [])
+    while selector.get_map():
+        for (sock, _, _, left), event in selector.select():
+            if event & selectors.EVENT_WRITE:  # connected, or the send raises
+                sock.send(request.encode())
+                selector.modify(sock, selectors.EVENT_READ, left)
+                continue
+            count = sock.recv_into(buffer)
+            if not count:
+                raise EOFError("the server closed")
+            if not left:
+                left.append(buffer.index(b"\n", 0, count) + 1 + int(size) + len(last))
+            left[0] -= count
+            if left[0] <= 0 and buffer.endswith(last.encode(), 0, count):
+                selector.unregister(sock)
+                sock.close()
+    print(time.perf_counter() - start)
+
+
+def idlers(port, clients):
+    """Connect and say hello that many times, tell that it is done, and wait until stdin ends."""
+    kept = []
+    for _ in range(int(clients)):
+        kept.append(socket.create_connection(("127.0.0.1", int(port)), 10))
+        kept[-1].sendall(b'{"cmd":"hello"}\n')
+        if b'"ok": true' not in kept[-1].recv(4096):
+            sys.exit("a client was refused")
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+BARE = [bare_server, raw_session, raw_send, raw_store, raw_get, raw_put, crowd, idlers]
+
+
+def bare(function, *args):
+    """Return the command that calls one of the functions in BARE in a process of its own."""
+    code = ["import os, selectors, socket, sys, threading, time\n"] + [inspect.getsource(part) for part in BARE]
+    call = "%s(*sys.argv[1:])" % function.__name__
+    return [sys.executable, "-I", "-S", "-c", "".join(code) + call] + [str(arg) for arg in args]
+
+
+@contextlib.contextmanager
+def bounded(process):
+    """Kill the process if the block takes too long or fails."""
+    timer = threading.Timer(LONGEST, process.kill)
+    timer.start()
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def start_side(name, folder):
+    """Run a server, raw or ours in one mode, while the block runs."""
+    ours = [sys.executable, SERVER, "127.0.0.1", "0", "--mode", name, "--upload", "stored", "--download", "served",
+            "--no-discovery", "--timeout", str(10 * LONGEST)]
+    process = subprocess.Popen(bare(bare_server) if name == "raw" else ours, cwd=folder, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        with bounded(process):
+            line = process.stdout.readline().decode()
+        if not line:
+            sys.exit("the server does not start: %s" % name)
+        yield Side(name, process, int(line.split(":")[1].split()[0]))
+    finally:
+        process.terminate()
+        with bounded(process):
+            process.communicate()
+
+
+def server_cpu(process):
+    """Return the CPU seconds that a running process has used; None where there is no /proc."""
+    with contextlib.suppress(OSError):
+        fields = read_bytes("/proc/%d/stat" % process.pid).rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def memory(process):
+    """Return the KiB that a process holds, its share of what is shared; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(re.search(rb"\nPss: *(\d+)", read_bytes("/proc/%d/smaps_rollup" % process.pid)).group(1))
+    return None
+
+
+def median(values):
+    return statistics.median(values) if values else None
+
+
+def shown(value, form):
+    return "-" if value is None else form % value
+
+
+def difference(after, before, unit=1):
+    return None if after is None or before is None else (after - before) / unit
+
+
+def clock(side, command, cwd):
+    """Run a client to its end. Return its Run, the process's start and end included, and what it printed."""
+    before, used, start = server_cpu(side.process), os.times(), time.perf_counter()
+    with subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process, bounded(process):
+        out = process.communicate()[0].decode("utf-8", "replace").strip()
+    seconds, now = time.perf_counter() - start, os.times()  # the only child that ended meanwhile
+    if process.returncode:
+        raise Failure("%s: %s" % (side.name, out.split("\n")[-1] or "exit %d" % process.returncode))
+    client_cpu = None if os.name == "nt" else now[2] + now[3] - used[2] - used[3]
+    return Run(seconds, difference(server_cpu(side.process), before), client_cpu), out
+
+
+def one_get(side):
+    """Return the seconds that a new client waits for 1 MiB."""
+    start = time.perf_counter()
+    with socket.create_connection(("127.0.0.1", side.port), PATIENCE) as sock, sock.makefile("rb") as stream:
+        sock.sendall(wire({"cmd": "get", "name": "one", "verify": False}))
+        if not json.loads(stream.readline().decode())["ok"] or len(stream.read(MIB)) < MIB:
+            raise Failure("%s: a get of 1 MiB failed" % side.name)
+        stream.readline()
+    return time.perf_counter() - start
+
+
+def sizes(path):
+    """Return the size of a file, or {name: size} of a folder."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return {name: os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)}
+
+
+class Benchmark:
+    """The folders, the servers, the work that they are given, and the table of how they did."""
+
+    def __init__(self, options, folder):
+        self.options, self.folder, self.sides = options, folder, []
+
+    def path(self, *parts):
+        return os.path.join(self.folder, *parts)
+
+    def fill(self):
+        """Make the folders and what is served."""
+        for name in ("served", "stored", "local", "served/small"):
+            os.mkdir(self.path(name))
+        for name, size in (("big", self.options.size * MIB), ("crowd", CROWD_SIZE), ("one", MIB)):
+            with open(self.path("served", name), "wb") as file:
+                for _ in range(size // MIB):
+                    file.write(os.urandom(MIB))
+        for number in range(self.options.files):
+            with open(self.path("served", "small", str(number)), "wb") as file:
+                file.write(os.urandom(SMALL_SIZE))
+
+    def works(self):
+        """Return the rows of the table, but for those about idle clients."""
+        size, files = self.options.size * MIB, self.options.files
+
+        def stream(what, verb, *flags, touch=True, first=None):
+            run = functools.partial(self.transfer, "big", "big", 1, [verb, "big"] + list(flags), touch)
+            return Work("one stream " + what, "MB/s", size / 1e6, size, run, first)
+
+        def small(what, verb):
+            run = functools.partial(self.transfer, "small", "small/*", files, [verb, "-r", "small"], True)
+            return Work("%d files of 4 KiB %s" % (files, what), "files/s", files, 0, run, None)
+
+        def many(clients):
+            total, run = clients * CROWD_SIZE, functools.partial(self.crowd, clients)
+            return Work("%d clients at once, 4 MiB each" % clients, "MB/s", total / 1e6, total, run, None)
+
+        return [stream("down, verified", "get"),
+                stream("down, verified, sent before", "get", touch=False, first=self.settle),
+                stream("down, --no-verify", "get", "--no-verify"),
+                stream("up, verified", "put"), stream("up, --no-verify", "put", "--no-verify"),
+                small("down", "get"), small("up", "put")] + [many(clients) for clients in self.options.clients]
+
+    def settle(self):
+        """Let every server send a file that was left alone for long enough for its digest to be kept."""
+        time.sleep(ftp_server.SETTLED + 0.1)
+        for side in self.sides:
+            self.transfer("big", "big", 1, ["get", "big"], False, side)
+
+    def transfer(self, what, pattern, count, command, touch, side):
+        """Let one client get or put what is in served, to where nothing is yet; touched means hashed afresh."""
+        get = command[0] == "get"
+        source, target = self.path("served", what), self.path("local" if get else "stored", what)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(target) if os.path.isdir(target) else os.unlink(target)
+        if os.path.isdir(source):
+            os.mkdir(target)
+        for number in range(count if touch else 0):
+            os.utime(self.path("served", pattern.replace("*", str(number))))
+        if side.name == "raw":
+            command = bare(raw_get if get else raw_put, side.port, pattern, count)
+        else:
+            command = [sys.executable, CLIENT, "127.0.0.1", str(side.port)] + command + ["--quiet"]
+        run, _ = clock(side, command, self.path("local" if get else "served"))
+        if sizes(target) != sizes(source):
+            raise Failure("%s: what arrived is not what was sent" % side.name)
+        return run
+
+    def crowd(self, clients, side):
+        """Let many clients get a file at once; all of it arrives at each, or it is a failure."""
+        ask = wire({"cmd": "get", "name": "crowd", "verify": False}).decode()
+        words = ["get crowd\n", ""] if side.name == "raw" else [ask, "\n"]
+        run, out = clock(side, bare(crowd, side.port, clients, CROWD_SIZE, *words), self.folder)
+        return run._replace(seconds=float(out), client=None)
+
+    def measure(self, work):
+        """Run the sides in turn, round after round, and print the row."""
+        runs = {name: [] for name in SIDES}
+        if work.first:
+            work.first()
+        start = time.monotonic()
+        for number in range(self.options.rounds or ROUNDS):
+            if number and not self.options.rounds and time.monotonic() - start > ROW_TIME:
+                break
+            for side in self.sides:
+                runs[side.name].append(work.run(side))
+        self.line(work.what, work.unit, *(self.cells(work, runs["raw"], runs[name]) for name in SIDES))
+
+    @staticmethod
+    def cells(work, raw, runs):
+        """Return a side's rate, its ratio to raw and its CPU seconds per GiB, server + client."""
+        rate = median([work.amount / run.seconds for run in runs])
+        ratio = median([bare_run.seconds / run.seconds for bare_run, run in zip(raw, runs)])
+        columns = ([run.server for run in runs], [run.client for run in runs]) if work.size else ()
+        spent = ["%.2f" % (sum(used) / len(used) / work.size * GIB)  # not the median: this clock has steps of 10 ms
+                 for used in columns if used and None not in used]
+        return shown(rate, "%.0f"), shown(ratio, "%.2f"), "+".join(spent) or "-"
+
+    @staticmethod
+    def line(what, unit, raw, *others):
+        """Print a row; raw needs no ratio to itself."""
+        print(TABLE_LINE % (what, unit, raw[0], raw[2], *sum(others, ())), flush=True)
+
+    def idle(self):
+        """Print what thousands of clients cost that only wait: memory, and time of one more that wants something."""
+        columns = [(None,) * 3]
+        for name in SIDES[1:]:
+            with start_side(name, self.folder) as side:
+                alone, before = median([one_get(side) for _ in range(GETS)]), memory(side.process)
+                command = bare(idlers, side.port, self.options.idle)
+                pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+                with subprocess.Popen(command, **pipes) as process, bounded(process):
+                    if process.stdout.readline() != b"ready\n":
+                        reason = process.communicate()[1].decode("utf-8", "replace").strip().split("\n")[-1]
+                        raise Failure("%s: %s" % (name, reason))
+                    each = difference(memory(side.process), before, self.options.idle)
+                    beside = median([one_get(side) for _ in range(GETS)])
+                    process.communicate()
+            columns.append((each, 1e3 * alone, 1e3 * beside))
+        what = "%d idle clients: " % self.options.idle
+        rows = ["%smemory of each" % what, "1 MiB get, no other client", "1 MiB get beside %d idle" % self.options.idle]
+        for row, unit, values in zip(rows, ["KiB", "ms", "ms"], zip(*columns)):
+            self.line(row, unit, *((shown(value, "%.1f"), "-", "-") for value in values))
+
+    def run(self):
+        """Print the table; return whether all could be measured."""
+        print(TABLE_LINE % ("", "", "raw", "CPU", "selectors", "x raw", "CPU", "socketserver", "x raw", "CPU"), flush=True)
+        rows = [(work.what, functools.partial(self.measure, work)) for work in self.works()]
+        if self.options.idle:
+            rows.append(("%d idle clients, 1 MiB get" % self.options.idle, self.idle))
+        well = True
+        for what, measure in rows:
+            if self.options.only and not any(word in what for word in self.options.only):
+                continue
+            try:
+                measure()
+            except (Failure, OSError) as error:
+                print("%-39s %s" % (what, error), flush=True)
+                well = False
+        return well
+
+
+def storage(options):
+    """Return the folder to hold all files: in memory where the system has a file system there, with room enough."""
+    room = 3 * options.size * MIB + 3 * options.files * SMALL_SIZE + GIB // 4
+    in_memory = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > room
+    return options.dir or ("/dev/shm" if in_memory else tempfile.gettempdir())
+
+
+def benchmark(argv=None):
+    """Measure as the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(description="Measure both modes on loopback beside bare Python sockets.")
+    add = parser.add_argument
+    add("--size", type=int, default=512, metavar="MIB", help="of the file for one stream (default: %(default)s)")
+    add("--rounds", type=int, metavar="N", help="default: %d, fewer where they take long" % ROUNDS)
+    add("--files", type=int, default=2000, metavar="N", help="small ones in a session (default: %(default)s)")
+    add("--clients", type=int, nargs="+", default=[100, 500], metavar="N", help="at once (default: 100 500)")
+    add("--idle", type=int, default=5000, metavar="N", help="clients that only wait; 0: none (default: %(default)s)")
+    add("--only", nargs="+", metavar="WORDS", help="only rows that hold one of these, as up, small or idle")
+    add("--dir", help="where to make files (default: in memory, else the temporary folder)")
+    options = parser.parse_args(argv)
+    ftp_server.raise_descriptor_limit()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that what was started is ended
+    place = storage(options)
+    print("Python %s, %s, %d cores; files in %s; one stream: %d MiB" % (
+        sys.version.split()[0], sys.platform, os.cpu_count(), place, options.size))
+    print("x raw: median of ours / raw of the same round.  CPU: seconds per GiB, server + client.\n")
+    with tempfile.TemporaryDirectory(dir=place) as folder, contextlib.ExitStack() as stack:
+        bench = Benchmark(options, folder)
+        bench.fill()
+        bench.sides = [stack.enter_context(start_side(name, folder)) for name in SIDES
+                       if name != "raw" or hasattr(os, "sendfile")]
+        return 0 if bench.run() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(benchmark())
