@@ -40,6 +40,7 @@ except ImportError:  # Windows
 
 VERSION = "1.0"
 PORT = 8885                # the original's
+LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
 CHUNK = 1 << 18            # bytes read from a file or a socket at a time
 RECEIVE = 1 << 20          # bytes taken off the socket at a time
 JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
@@ -193,7 +194,10 @@ def decode(line):
         if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
             raise BadMessage("nested too deeply")
     try:
-        message = DECODER.decode(line.decode("utf-8"))
+        text = line.decode("utf-8").strip(" \t\r\n")
+        message, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise ValueError("more than one value")
     except (ValueError, RecursionError) as error:
         raise BadMessage("not JSON: %s" % error) from None
     if not isinstance(message, dict):
@@ -206,7 +210,7 @@ def is_size(value):
 
 
 def is_time(value):
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 33    # to the year 2242
+    return type(value) in (int, float) and abs(value) < 1 << 33     # to the year 2242; neither infinite nor NaN
 
 
 def is_digest(value):
@@ -233,7 +237,7 @@ def fields(message, *names):
     for name in names:
         kind, check, default = FIELDS[name]
         value = message.get(name, default)
-        if value is ... or not check(value):
+        if not check(value):
             raise BadMessage("%r must be %s" % (name, kind))
         values.append(value)
     return values
@@ -245,11 +249,12 @@ class Link:
     """A connected socket that blocks, but no wait takes longer than timeout seconds. Raises Broken."""
 
     def __init__(self, sock, timeout, explain=None):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(sock, sock.getpeername()[0])
         sock.settimeout(timeout)
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
+        self.buffer = None          # for what is long
 
     @contextlib.contextmanager
     def waiting(self):
@@ -348,18 +353,17 @@ class Link:
             raise Broken(text)
         raise Refusal(code, "%s (%s)" % (text, code))
 
-    def read_into(self, view):
-        """Read at least one byte into view; how many."""
+    def read(self, limit):
+        """Read at least one byte and at most limit; they are overwritten by the next read."""
         if self.ahead:
-            data = self.take(len(view))
-            view[:len(data)] = data
-            return len(data)
+            return self.take(limit)
         self.flush()
+        self.buffer = self.buffer or memoryview(bytearray(RECEIVE))
         with self.waiting():
-            count = self.sock.recv_into(view)
+            count = self.sock.recv_into(self.buffer[:limit])
         if not count:
             raise HungUp("the server closed the connection")
-        return count
+        return self.buffer[:count]
 
     def answered(self):
         """Tell whether the server has said something already, or has closed."""
@@ -378,6 +382,14 @@ else:
         return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
 
 
+def tune(sock, peer):
+    """Set what both ends of a connection want of their sockets; peer is the address of the other end."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
+
+
 def unsent(sock):
     """Bytes that the system has still to send (tty_ioctl(4), tcp(7)); 0 where it doesn't tell."""
     try:
@@ -389,6 +401,8 @@ def unsent(sock):
 # ==== Local files =======================================================================================
 
 OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
+PARTIAL_FLAGS = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
+LINK_ITSELF = {"follow_symlinks": False} if os.link in os.supports_follow_symlinks else {}
 
 
 def open_source(path):
@@ -459,38 +473,44 @@ class Target:
         self.path = path
         self.folder, name = os.path.split(path)
         room = NAME_LIMIT - len("." + PARTIAL)
-        self.partial = os.path.join(self.folder, "." + to_disk(from_disk(name).encode("utf-8")[:room].decode("utf-8", "ignore")) + PARTIAL)
+        if len(name) > room // 4:           # bytes that a character may take
+            name = to_disk(from_disk(name).encode("utf-8")[:room].decode("utf-8", "ignore"))
+        self.partial = os.path.join(self.folder, "." + name + PARTIAL)
         self.file = None
 
     def open(self):
         """Open the partial, made if need be, and lock it against other clients; how long it is."""
         while self.file is None:
-            flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
             try:
-                file = io.FileIO(os.open(self.partial, flags, 0o666), "rb+")
+                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
             except FileNotFoundError:
                 os.makedirs(self.folder, exist_ok=True)
                 continue
+            file = io.FileIO(fd, "rb+")
             try:
-                if fcntl:
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                info = os.fstat(file.fileno())
-                links = info.st_nlink if stat.S_ISREG(info.st_mode) else 0
-                if not links and info.st_nlink:
-                    file.close()
-                    raise Failed("%s is in the way" % self.partial)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    file.close()
-                    raise Failed("another client is fetching it here")
-                links = 1               # a disk without locks
-            if links == 1:
-                self.file = file
-            else:                       # 0: removed by who had the lock; 2: published, and killed before this name went
-                file.close()
-                if links > 1:
+                info = self.lock(fd)
+                if info.st_nlink == 1:
+                    self.file = file
+                    return info.st_size
+                if info.st_nlink > 1:       # published, and killed before this name was taken away
                     os.unlink(self.partial)
+            finally:
+                if not self.file:           # 0 links: removed by who had the lock
+                    file.close()
         return os.fstat(self.file.fileno()).st_size
+
+    def lock(self, fd):
+        """Lock the open partial; what fstat() says of it then. Raises Failed."""
+        try:
+            if fcntl:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:            # else: a disk without locks
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise Failed("another client is fetching it here")
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise Failed("%s is in the way" % self.partial)
+        return info
 
     def close(self, keep=True):
         """Let go of the partial; an empty or unwanted one is removed."""
@@ -505,11 +525,14 @@ class Target:
 
     def publish(self, mtime, replace):
         """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
-        os.fsync(self.file.fileno())
+        fd = self.file.fileno()
         if mtime is not None:
-            with contextlib.suppress(OSError, OverflowError):   # a time that this system can't hold
-                os.utime(self.file.fileno() if os.utime in os.supports_fd else self.partial, ns=(int(mtime * 1e9),) * 2)
-        if os.name == "nt":
+            try:
+                os.utime(fd if os.utime in os.supports_fd else self.partial, ns=(int(mtime * 1e9),) * 2)
+            except (OSError, OverflowError):        # a time that this system can't hold
+                pass
+        os.fsync(fd)
+        if os.name == "nt":                         # Windows doesn't rename an open file
             self.file.close()
         stored, duplicate = self.rename(replace)
         self.file.close()
@@ -520,24 +543,39 @@ class Target:
         if replace:
             os.replace(self.partial, self.path)
             return self.path, False
-        for name in numbered(from_disk(os.path.basename(self.path))):
-            path = os.path.join(self.folder, to_disk(name))
-            try:
-                os.link(self.partial, path, follow_symlinks=os.link not in os.supports_follow_symlinks)     # never replaces
-            except FileExistsError:
-                if not same_content(self.partial, path):
-                    continue
+        for path in self.candidates():
+            if self.link(path):
+                return path, False
+            if same_content(self.partial, path):
                 os.unlink(self.partial)
                 return path, True
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    raise
-                if os.path.lexists(path):               # a disk without hard links (FAT)
-                    continue
-                os.rename(self.partial, path)
-                return path, False
-            os.unlink(self.partial)
-            return path, False
+
+    def candidates(self):
+        """Yield the path, then what else may be taken for it: first the numbered ones that exist, there may be gaps."""
+        yield self.path
+        name = from_disk(os.path.basename(self.path))
+        for found in sorted(os.listdir(self.folder or ".")):
+            with contextlib.suppress(ValueError):
+                if is_numbered(from_disk(found), name):
+                    yield os.path.join(self.folder, found)
+        for name in numbered(name):
+            yield os.path.join(self.folder, to_disk(name))
+
+    def link(self, path):
+        """Move the partial to path, which never replaces what is there: then the value is False."""
+        try:
+            os.link(self.partial, path, **LINK_ITSELF)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            if os.path.lexists(path):               # a disk without hard links (FAT)
+                return False
+            os.rename(self.partial, path)
+            return True
+        os.unlink(self.partial)
+        return True
 
 
 # ==== Jobs: one file each ===============================================================================
@@ -745,16 +783,16 @@ class Get(Job):
         self.name, self.target, self.replace = name, Target(path), replace
         self.hint = None            # (length, digest) of a local file that may be the same
         self.hashed = None, None    # (its state, digest)
-        self.alone = max(size_of(self.target.partial), size_of(path)) > SMALL
-        split_name(name)
+        self.partial_size, self.path_size = size_of(self.target.partial), size_of(path)
+        self.alone = max(self.partial_size, self.path_size) > SMALL
 
     def ask(self):
         """Ask for what is missing: behind the partial, or behind the whole file if that is here already."""
         offset, digest = 0, None
-        if self.target.file or os.path.lexists(self.target.partial):
+        if self.target.file or self.partial_size:
             offset = self.target.open()
             digest = self.hash_once(self.target.file)
-        elif not self.replace and os.path.isfile(self.target.path):
+        elif self.path_size and not self.replace:
             with contextlib.suppress(Failed), open_source(self.target.path) as file:
                 offset = os.fstat(file.fileno()).st_size
                 digest = self.hash_once(file)
@@ -798,10 +836,9 @@ class Get(Job):
 
     def open_at(self, offset):
         """Make the partial ready for the byte at offset."""
-        if self.target.file is None:
-            self.target.open()
-        self.target.file.truncate(offset)
-        self.target.file.seek(offset)
+        if self.target.open():
+            self.target.file.truncate(offset)
+            self.target.file.seek(offset)
 
     def copy_here(self, offset):
         """Start the partial with what is here under the final name; the digest of what was copied."""
@@ -817,14 +854,13 @@ class Get(Job):
         return digest
 
     def receive(self, offset, digest):
-        view = memoryview(bytearray(min(RECEIVE, self.size - offset)))
         while offset < self.size:
-            count = self.client.link.read_into(view[:self.size - offset])
-            write_all(self.target.file, view[:count])
+            data = self.client.link.read(self.size - offset)
+            write_all(self.target.file, data)
             if digest:
-                digest.update(view[:count])
-            self.progress(count)
-            offset += count
+                digest.update(data)
+            self.progress(len(data))
+            offset += len(data)
 
     def check(self, answer, digest):
         sha256, = fields(answer, "sha256")
@@ -1106,7 +1142,7 @@ class FtpClient:
         try:
             entry = decode(line)
             name, _, _ = fields(entry, "name", "size", "mtime")
-            split_name(name)
+            entry["parts"] = split_name(name)
             return entry if entry.get("type") in ("file", "dir") else None
         except (BadMessage, Refusal) as error:
             note("%s of the listing is left out: %s" % (name, error))
@@ -1354,6 +1390,8 @@ def do_get(client, options, names):
 def add_get(client, name, options, out, jobs):
     """Add the jobs for a remote name, a pattern or a folder; False where there is nothing to get."""
     name = name[2:] if name.startswith("./") else name
+    if name not in ("", "."):
+        split_name(name)
     if not client.classic:
         client.create_socket()
     if client.classic or not ("-r" in options or WILD.search(name)):
@@ -1385,7 +1423,7 @@ def add_folder(client, name, options, out, jobs):
     top = local_path(name.rsplit("/", 1)[-1], out)
     well = True
     for entry in client.ls(name, recursive=True):
-        path = os.path.join(top, *(to_disk(part) for part in split_name(entry["name"])))
+        path = os.path.join(top, *map(to_disk, entry["parts"]))
         if entry["type"] == "dir":
             os.makedirs(path, exist_ok=True)
         else:
