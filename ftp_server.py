@@ -429,7 +429,8 @@ class Upload:
                 self.check_replaceable(self.target, self.parts[-1])
         fd, self.length = self.open_partial()
         self.file = io.FileIO(fd, "rb+")
-        if shutil.disk_usage(self.storage.upload).free < self.size - self.length:
+        missing = self.size - self.length
+        if missing > CHUNK and shutil.disk_usage(self.storage.upload).free < missing:
             raise Refusal("disk-full", "no room for %d bytes" % self.size)
 
     @staticmethod
@@ -515,26 +516,31 @@ class Upload:
 
         Its value is (the name stored, whether the same content was there already)."""
         if mtime is not None:
-            with contextlib.suppress(OSError, OverflowError):   # a time that this system can't hold
-                times = int(time.time() * 1e9), int(mtime * 1e9)        # sweep() goes by the later of the two
-                os.utime(*((self.file.fileno(),) if os.utime in os.supports_fd else (self.folder.at(self.partial),)), ns=times)
+            times = int(time.time() * 1e9), int(mtime * 1e9)            # sweep() goes by the later of the two
+            try:
+                os.utime(self.file.fileno() if os.utime in os.supports_fd else self.folder.at(self.partial), ns=times)
+            except (OSError, OverflowError):                    # a time that this system can't hold
+                pass
         if self.storage.fsync:
             os.fsync(self.file.fileno())
         if os.name == "nt":
             self.file.close()
         if not self.target:
             self.target = descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync)
-        if self.storage.overwrite or self.target.fd is None or not self.target.has(self.parts[-1]):
-            taken = []
-        else:                       # there may be gaps between the numbers
-            taken = [name for name in self.target.names() if is_numbered(name, self.parts[-1])]
-        for name in itertools.chain(taken, numbered(self.parts[-1])):
-            duplicate = name in taken or not self.rename(self.target, name)
-            if not duplicate or (yield from self.same(self.target, name)):
-                if duplicate:
+        for name in self.candidates():
+            stored = self.rename(self.target, name)
+            if stored or (yield from self.same(self.target, name)):
+                if not stored:
                     self.discard()
                 self.target.sync(self.storage.fsync)
-                return "/".join(self.parts[:-1] + [name]), duplicate
+                return "/".join(self.parts[:-1] + [name]), not stored
+
+    def candidates(self):
+        """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
+        name = self.parts[-1]
+        yield name
+        yield from (taken for taken in self.target.names() if is_numbered(taken, name))     # there may be gaps between them
+        yield from numbered(name)
 
     def rename(self, folder, name):
         """Move the partial to its final name in folder; False where that is taken."""
