@@ -558,8 +558,8 @@ class Target:
             with contextlib.suppress(ValueError):
                 if is_numbered(from_disk(found), name):
                     yield os.path.join(self.folder, found)
-        for name in numbered(name):
-            yield os.path.join(self.folder, to_disk(name))
+        for free in numbered(name):
+            yield os.path.join(self.folder, to_disk(free))
 
     def link(self, path):
         """Move the partial to path, which never replaces what is there: then the value is False."""
