@@ -96,7 +96,7 @@ class Unreachable(Exception):
 
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
 WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
-WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
 
 
 def split_name(name):
@@ -108,7 +108,8 @@ def split_name(name):
     parts = name.split("/")
     for part in parts:
         if part in ("", ".", "..") or part.casefold() == PARTIAL:
-            raise Refusal("bad-name", "a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
+            raise Refusal("bad-name", "a name may not be absolute and may not hold an empty part, '.', '..' or %r"
+                          % PARTIAL)
         if len(part.encode("utf-8")) > NAME_LIMIT:
             raise Refusal("bad-name", "a part of the name is longer than %d bytes" % NAME_LIMIT)
     return [storable(part) for part in parts]
@@ -116,34 +117,24 @@ def split_name(name):
 
 def storable(part, windows=os.name == "nt"):
     """The part as this system can hold it: what Windows forbids becomes "_"."""
-    if not windows:
-        return part
-    return WINDOWS_DEVICE.sub(r"\1_", WINDOWS_UNSAFE.sub("_", part), 1) if WINDOWS_DEVICE.match(part) \
-        else WINDOWS_UNSAFE.sub("_", part)
+    return WINDOWS_DEVICE.sub(r"\1_", WINDOWS_UNSAFE.sub("_", part)) if windows else part
 
 
-if os.name == "nt" or sys.getfilesystemencoding().lower() == "utf-8":
-    def to_disk(part):
-        """The part as os functions take it."""
-        return part
+UNICODE_DISK = os.name == "nt" or sys.getfilesystemencoding().lower() == "utf-8"
 
-    def from_disk(name):
-        """The reverse of to_disk(). Raises ValueError for a name that is not Unicode."""
-        name.encode("utf-8")
-        return name
-else:
-    def to_disk(part):
-        """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
-        return os.fsdecode(part.encode("utf-8"))
 
-    def from_disk(name):
-        """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
-        return os.fsencode(name).decode("utf-8")
+def to_disk(part):
+    """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
+    return part if UNICODE_DISK else os.fsdecode(part.encode("utf-8"))
+
+
+def from_disk(name):
+    """The reverse of to_disk(). Raises ValueError for a name that is not Unicode."""
+    return (name.encode("utf-8") if UNICODE_DISK else os.fsencode(name)).decode("utf-8")
 
 
 def numbered(name):
-    """Yield name.ext, name-2.ext, name-3.ext and so on, none longer than a part may be."""
-    yield name
+    """Yield name-2.ext, name-3.ext and so on for name.ext, none longer than a part may be."""
     stem, extension = os.path.splitext(name)
     if len(extension.encode("utf-8")) > NAME_LIMIT // 2:
         stem, extension = name, ""
@@ -153,10 +144,9 @@ def numbered(name):
 
 
 def is_numbered(name, original):
-    """Tell whether a name is original or one that numbered() makes of it."""
+    """Tell whether a name is one that numbered() makes of original."""
     stem, extension = os.path.splitext(original)
-    return name == original or name.startswith(stem[:1]) and re.fullmatch(
-        re.escape(stem) + "-[0-9]+" + re.escape(extension), name) is not None
+    return name.startswith(stem + "-") and re.fullmatch("-[0-9]+" + re.escape(extension), name[len(stem):]) is not None
 
 
 # ==== Messages: one JSON object a line (no I/O) ==========================================================
@@ -165,7 +155,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 NESTING_LIMIT = 100
 NESTING = re.compile(rb"[\[{]")
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search would start again at each quote
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -268,9 +258,6 @@ class Link:
         except OSError as error:
             raise Broken(error.strerror or str(error)) from None
 
-    def close(self):
-        self.sock.close()
-
     def send(self, data):
         """Send bytes, later if they are few: small requests travel together."""
         if len(self.owed) + len(data) > JOIN:
@@ -367,7 +354,7 @@ class Link:
 
     def answered(self):
         """Tell whether the server has said something already, or has closed."""
-        return bool(self.ahead) or bool(wait_for(self.sock, READ, 0))
+        return bool(self.ahead) or wait_for(self.sock, READ, 0)
 
 
 if hasattr(select, "poll"):
@@ -402,7 +389,6 @@ def unsent(sock):
 
 OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
 PARTIAL_FLAGS = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
-LINK_ITSELF = {"follow_symlinks": False} if os.link in os.supports_follow_symlinks else {}
 
 
 def open_source(path):
@@ -423,9 +409,9 @@ def state(file):
     return info.st_size, info.st_mtime_ns
 
 
-def hash_file(file, length, digest=None):
+def hash_file(file, length):
     """SHA-256 of the first length bytes of a raw file, which is left behind them. Raises Failed if it is shorter."""
-    digest = digest or hashlib.sha256()
+    digest = hashlib.sha256()
     file.seek(0)
     view = memoryview(bytearray(min(length, CHUNK)))
     while length:
@@ -446,12 +432,12 @@ def write_all(file, view):
 def same_content(one, other):
     """Tell whether two local files hold the same bytes."""
     with contextlib.suppress(Failed), open_source(one) as first, open_source(other) as second:
-        data = None if state(first)[0] == state(second)[0] else b""
-        while data is None or data:
+        same = state(first)[0] == state(second)[0]
+        while same:
             data = first.read(CHUNK)
-            if data != second.read(CHUNK):
-                return False
-        return state(first)[0] == state(second)[0]
+            same = data == second.read(CHUNK)
+            if not data:
+                return same
     return False
 
 
@@ -512,15 +498,15 @@ class Target:
             raise Failed("%s is in the way" % self.partial)
         return info
 
-    def close(self, keep=True):
-        """Let go of the partial; an empty or unwanted one is removed."""
+    def close(self):
+        """Let go of the partial; an empty one is removed."""
         if self.file:
             file, self.file = self.file, None
             with file:
-                unwanted = not keep or not os.fstat(file.fileno()).st_size
-                if unwanted and os.name != "nt":
+                empty = not os.fstat(file.fileno()).st_size
+                if empty and os.name != "nt":
                     os.unlink(self.partial)
-            if unwanted and os.name == "nt":            # Windows doesn't remove an open file
+            if empty and os.name == "nt":               # Windows doesn't remove an open file
                 os.unlink(self.partial)
 
     def publish(self, mtime, replace):
@@ -551,20 +537,17 @@ class Target:
                 return path, True
 
     def candidates(self):
-        """Yield the path, then what else may be taken for it: first the numbered ones that exist, there may be gaps."""
+        """Yield the path, then the numbered ones, those first that are taken: there may be gaps between them."""
         yield self.path
-        name = from_disk(os.path.basename(self.path))
-        for found in sorted(os.listdir(self.folder or ".")):
-            with contextlib.suppress(ValueError):
-                if is_numbered(from_disk(found), name):
-                    yield os.path.join(self.folder, found)
-        for free in numbered(name):
-            yield os.path.join(self.folder, to_disk(free))
+        name = os.path.basename(self.path)
+        taken = [found for found in sorted(os.listdir(self.folder or ".")) if is_numbered(found, name)]
+        for part in itertools.chain(taken, map(to_disk, numbered(from_disk(name)))):
+            yield os.path.join(self.folder, part)
 
     def link(self, path):
         """Move the partial to path, which never replaces what is there: then the value is False."""
         try:
-            os.link(self.partial, path, **LINK_ITSELF)
+            os.link(self.partial, path, follow_symlinks=os.link not in os.supports_follow_symlinks)
         except FileExistsError:
             return False
         except OSError as error:
@@ -659,9 +642,13 @@ class Put(Job):
         self.went_on_at(offset)
         self.header(mtime, offset=offset, id=ident)
         self.client.payload("->", self.size - offset)
-        self.stream(file, offset, digest if self.client.verify else None)
-        if state(file) != before:
-            raise self.cut("the file changed while it was sent: try again")
+        try:
+            self.stream(file, offset, digest if self.client.verify else None)
+            if state(file) != before:
+                raise Failed("the file changed while it was sent: try again")
+        except BaseException:       # unfinished: what is sent next must not be taken for the rest of it
+            self.client.close()
+            raise
         self.last_line(digest)
 
     def agree_on_offset(self, file, ident):
@@ -687,7 +674,7 @@ class Put(Job):
         while offset < self.size:
             count = file.readinto(view[:self.size - offset])
             if not count:
-                raise self.cut("the file shrank while it was sent: try again")
+                raise Failed("the file shrank while it was sent: try again")
             if digest:
                 digest.update(view[:count])
             self.listen()
@@ -703,23 +690,15 @@ class Put(Job):
             self.listen()
             count = link.push(os.sendfile, link.sock.fileno(), file.fileno(), offset, min(SLICE, self.size - offset))
             if not count:
-                raise self.cut("the file shrank while it was sent: try again")
+                raise Failed("the file shrank while it was sent: try again")
             self.progress(count)
             offset += count
 
     def listen(self):
         """An answer before the end is a refusal: read it rather than send what nobody wants."""
         if self.client.link.answered():
-            try:
-                self.client.link.answer()
-                raise BadMessage("an answer before the end of the file")
-            finally:
-                self.client.close()
-
-    def cut(self, text):
-        """Leave a payload unfinished, so that the server can't take it for whole."""
-        self.client.close()
-        return Failed(text)
+            self.client.link.answer()
+            raise BadMessage("an answer before the end of the file")
 
     def finish(self):
         answer = self.client.link.answer(self.size / HASH_RATE)
@@ -822,17 +801,15 @@ class Get(Job):
         self.client.payload("<-", self.size - offset)
         here = offset and self.target.file is None          # the file under its own name is what goes on
         if here and offset == self.size:
-            return self.already_there(link)
+            link.answer()
+            self.outcome = "already here"
+            return
         if here:
             digest = self.copy_here(offset)
         self.open_at(offset)
         self.receive(offset, digest if self.client.verify else None)
         self.check(link.answer(self.size / HASH_RATE), digest if self.client.verify else None)
         self.store(mtime)
-
-    def already_there(self, link):
-        link.answer()
-        self.outcome = "already here"
 
     def open_at(self, offset):
         """Make the partial ready for the byte at offset."""
@@ -874,9 +851,9 @@ class Get(Job):
         self.client.folders.add(self.target.folder or ".")
         self.outcome = ("already here as %s" if duplicate else "saved as %s") % path
 
-    def drop(self, keep=True):
+    def drop(self):
         with contextlib.suppress(OSError):
-            self.target.close(keep)
+            self.target.close()
 
     def classic(self):
         """The same in the original's dialect: all from the start, without a hash."""
@@ -913,7 +890,7 @@ class FtpClient:
     # ---- connection ----
 
     def create_socket(self):
-        """Connect, and say hello in the framed dialect; to a server that hangs up on it, speak the classic one."""
+        """Connect and say hello, unless there is a connection that still lives. Raises Unreachable or Broken."""
         if self.link and not self.under_way and self.link.answered():
             self.close()                        # idle for too long: the server has said goodbye
         if self.link:
@@ -923,32 +900,33 @@ class FtpClient:
         except (OSError, UnicodeError) as error:
             raise Unreachable(advice(error, self.port, self.options.timeout)) from None
         self.link = Link(sock, self.options.timeout, self.show if self.options.explain else None)
-        if self.classic:
-            return
+        if not self.classic:
+            self.greet(self.link)
+
+    def greet(self, link):
+        """Say hello in the framed dialect; to a server that hangs up on it, speak the classic one."""
         try:
             self.step("hello: does the server speak the framed dialect?")
-            self.link.request(cmd="hello")
-            self.link.answer()
+            link.request(cmd="hello")
+            link.answer()
             self.greeted = True
-        except HungUp as error:
-            silent = not self.link.ahead and not self.greeted
+        except BaseException as error:      # a time limit, Ctrl-C: a late answer must not be taken for the next one
             self.close()
-            if not silent:
-                raise Broken(str(error)) from None
-            note("the server hung up on the framed hello: speaking the classic dialect")
-            self.classic = True
-            self.create_socket()
-        except BadMessage:
-            self.close()
-            raise Unreachable("what answers at %s port %d is no ftp_server.py: check the port" % self.port) from None
-        except Refusal as error:
-            self.close()
-            raise Unreachable("%s port %d says no: %s" % (self.port + (printable(str(error)),))) from None
+            if isinstance(error, HungUp) and not link.ahead and not self.greeted:
+                note("the server hung up on the framed hello: speaking the classic dialect")
+                self.classic = True
+                return self.create_socket()
+            if isinstance(error, BadMessage):
+                raise Unreachable("what answers at %s port %d is no ftp_server.py: check the port"
+                                  % self.port) from None
+            if isinstance(error, Refusal):
+                raise Unreachable("%s port %d says no: %s" % (self.port + (error,))) from None
+            raise
 
     def close(self):
         link, self.link = self.link, None
         if link:
-            link.close()
+            link.sock.close()
 
     def recover(self, why):
         """Take a broken connection up again, with growing pauses. Raises Unreachable when that is hopeless."""
@@ -968,21 +946,19 @@ class FtpClient:
     # ---- what --explain shows ----
 
     def show(self, direction, text):
-        self.bar.clear()
-        say("%s %s" % (direction, text), sys.stderr)
+        if self.options.explain:
+            self.bar.clear()
+            say("%s %s" % (direction, text), sys.stderr)
 
     def step(self, text):
-        if self.options.explain:
-            self.show("#", text)
+        self.show("#", text)
 
     def payload(self, direction, count):
-        if self.options.explain:
-            self.show(direction, "%d bytes" % count)
+        self.show(direction, "%d bytes" % count)
 
     def text(self, direction, text):
         """A message of the classic dialect, as bytes."""
-        if self.options.explain:
-            self.show(direction, text)
+        self.show(direction, text)
         return text.encode("utf-8")
 
     # ---- jobs ----
@@ -998,7 +974,7 @@ class FtpClient:
                     self.turn()
                 except Broken as error:
                     self.ask_again()
-                    self.recover(printable(str(error)))
+                    self.recover(error)
         except Unreachable as error:
             for job in self.todo:
                 self.fail(job, error)
@@ -1046,7 +1022,7 @@ class FtpClient:
         while len(self.link.ahead) < 64:
             match = re.fullmatch(pattern, bytes(self.link.ahead))
             if match and not wait_for(self.link.sock, READ, QUIET_TIME):
-                self.link.explain and self.link.explain("<-", match.group().decode("ascii"))
+                self.show("<-", match.group().decode("ascii"))
                 self.link.ahead.clear()
                 return match
             try:
@@ -1071,7 +1047,7 @@ class FtpClient:
         except Refusal as error:
             self.fail(job, error)
         except (Failed, BadMessage, OSError) as error:
-            if step == job.finish:
+            if step == job.finish or isinstance(error, BadMessage):
                 self.close()
             self.fail(job, error.strerror if isinstance(error, OSError) else "the server talks nonsense: %s" % error
                       if isinstance(error, BadMessage) else error)
@@ -1153,13 +1129,12 @@ class FtpClient:
         *folders, last = pattern.split("/")
         parents = [""]
         for part in folders:
-            parents = [parent + name + "/" for parent in parents for name in self.match(parent, part, "dir")]
+            if WILD.search(part):
+                parents = [parent + entry["name"] + "/" for parent in parents for entry in self.matching(parent, part)
+                           if entry["type"] == "dir"]
+            else:
+                parents = [parent + part + "/" for parent in parents]
         return [dict(entry, name=parent + entry["name"]) for parent in parents for entry in self.matching(parent, last)]
-
-    def match(self, parent, pattern, kind):
-        if not WILD.search(pattern):
-            return [pattern]
-        return [entry["name"] for entry in self.matching(parent, pattern) if entry["type"] == kind]
 
     def matching(self, parent, pattern):
         """The entries of a remote folder that match a pattern; one that is literally there counts as that."""
@@ -1177,7 +1152,8 @@ def advice(error, address, timeout):
     if isinstance(error, ConnectionRefusedError):
         return "%s refuses port %d: is ftp_server.py running there, on that port and not on 127.0.0.1 only?" % address
     if isinstance(error, socket.timeout) or error.errno == errno.ETIMEDOUT:
-        return "no answer from %s port %d in %g s: check the address, the network and the firewall there" % (host, port, timeout)
+        return "no answer from %s port %d in %g s: check the address, the network and the firewall there" % (
+            host, port, timeout)
     return "can't connect to %s port %d (%s): check the address and the network" % (host, port, error.strerror or error)
 
 
@@ -1204,7 +1180,8 @@ def find_servers(address, port_number, explain):
             except (OSError, BadMessage):           # on Windows an unreachable port ends up here
                 continue
             host, mode, number = (answer.get(key) for key in ("host", "mode", "port"))
-            if answer.get("ok") is True and isinstance(host, str) and isinstance(mode, str) and is_size(number) and 0 < number < 65536:
+            texts = isinstance(host, str) and isinstance(mode, str)
+            if answer.get("ok") is True and texts and is_size(number) and 0 < number < 65536:
                 found.add((sender[0], number, mode, host))
     return sorted(found)
 
@@ -1217,10 +1194,12 @@ def show_servers(options):
         note("can't ask %s: %s" % (options.find, error.strerror if isinstance(error, OSError) else error))
         return 1
     if not found:
-        note("no server answered on UDP port %d: is one running, with this port, and does its firewall let UDP in?" % options.port)
+        note("no server answered on UDP port %d: is one running, with this port, and does its firewall let UDP in?"
+             % options.port)
         return 1
     for address, number, mode, host in found:
-        say("%-15s  %5d  %-12s  %-20s  python ftp_client.py %s %d" % (address, number, mode[:40], host[:64], address, number))
+        say("%-15s  %5d  %-12s  %-20s  python ftp_client.py %s %d" % (
+            address, number, mode[:40], host[:64], address, number))
     return 0
 
 
@@ -1331,8 +1310,7 @@ def add_put(client, path, recursive, jobs):
     top = os.path.basename(os.path.abspath(path))
     if not (recursive and os.path.isdir(path)):
         return add_job(jobs, Put, client, path, top, size_of(path))
-    unread = []
-    well = True
+    unread, well = [], True
     for folder, folders, files in os.walk(path, onerror=unread.append):
         inner = os.path.relpath(folder, path)
         name = top if inner == "." else os.path.join(top, inner)
@@ -1397,7 +1375,7 @@ def add_get(client, name, options, out, jobs):
     if client.classic or not ("-r" in options or WILD.search(name)):
         entries = [{"name": name, "type": "file", "size": 0}]
     elif name in ("", "."):
-        entries = [dict(entry) for entry in client.ls("")]
+        entries = client.ls("")
     else:
         entries = client.find_remote(name)
     if not entries:
@@ -1405,7 +1383,8 @@ def add_get(client, name, options, out, jobs):
     well = True
     for entry in entries:
         if entry["type"] == "file":
-            well &= add_job(jobs, Get, client, entry["name"], local_path(entry["name"].rsplit("/", 1)[-1], out), entry["size"], "-f" in options)
+            path = local_path(entry["name"].rsplit("/", 1)[-1], out)
+            well &= add_job(jobs, Get, client, entry["name"], path, entry["size"], "-f" in options)
         elif "-r" in options:
             well &= add_folder(client, entry["name"], options, out, jobs)
         elif not WILD.search(name):
@@ -1577,7 +1556,8 @@ class Completer:
 
     @staticmethod
     def local(word):
-        return [path.replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in sorted(glob.glob(glob.escape(word) + "*"))]
+        paths = sorted(glob.glob(glob.escape(word) + "*"))
+        return [path.replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in paths]
 
     def remote(self, word):
         folder = word.rpartition("/")[0]
@@ -1601,7 +1581,7 @@ def say(text, stream=None):
         return
     encoding = stream.encoding or "ascii"
     with contextlib.suppress(OSError, ValueError):          # a closed one must not end transfers
-        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
+        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")  # one write: threads
         stream.flush()
 
 
@@ -1652,15 +1632,14 @@ def parse_args(argv=None):
     for word in words[:2]:
         if word.startswith("-") and len(word) > 1:
             parser.error("unrecognized option %s" % word)
-    try:
-        options.host = words[0] if words else "127.0.0.1"
-        options.port = port(words[1]) if len(words) > 1 else PORT
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
+    options.host = words[0] if words else "127.0.0.1"
     options.command = words[2:]
     try:
+        options.port = port(words[1]) if len(words) > 1 else PORT
         if options.command:
             parse_command(options.command)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     except Usage as error:
         parser.exit(2, "ftp_client.py: %s\n" % printable(str(error)))
     options.bar = sys.stderr is not None and sys.stderr.isatty() and not options.quiet

@@ -38,8 +38,8 @@ import math
 import os
 import queue
 import re
-import selectors
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -129,14 +129,15 @@ CODES = {getattr(errno, name): code for code, names in {
 
 def refusal_of(error):
     """The Refusal that an OSError of the file system amounts to."""
-    return Refusal(CODES.get(error.errno, "server-error"), os.strerror(error.errno) if error.errno else "the file system failed")
+    text = os.strerror(error.errno) if error.errno else "the file system failed"
+    return Refusal(CODES.get(error.errno, "server-error"), text)
 
 
 # ==== Files: names, folders, downloads, uploads (no sockets) ==============================================
 
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
 WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
-WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
 # O_NONBLOCK: opening a FIFO must not wait for its other end. O_BINARY is Windows'.
 OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
 HAS_DIR_FD = os.open in os.supports_dir_fd
@@ -151,7 +152,8 @@ def split_name(name):
     parts = name.split("/")
     for part in parts:
         if part in ("", ".", "..") or part.casefold() == PARTIAL:
-            raise Refusal("bad-name", "a name may not be absolute and may not hold an empty part, '.', '..' or %r" % PARTIAL)
+            raise Refusal("bad-name", "a name may not be absolute and may not hold an empty part, '.', '..' or %r"
+                          % PARTIAL)
         if len(part.encode("utf-8")) > NAME_LIMIT:
             raise Refusal("bad-name", "a part of the name is longer than %d bytes" % NAME_LIMIT)
     return [storable(part) for part in parts]
@@ -159,34 +161,24 @@ def split_name(name):
 
 def storable(part, windows=os.name == "nt"):
     """The part as this system can hold it: what Windows forbids becomes "_"."""
-    if not windows:
-        return part
-    return WINDOWS_DEVICE.sub(r"\1_", WINDOWS_UNSAFE.sub("_", part), 1) if WINDOWS_DEVICE.match(part) \
-        else WINDOWS_UNSAFE.sub("_", part)
+    return WINDOWS_DEVICE.sub(r"\1_", WINDOWS_UNSAFE.sub("_", part)) if windows else part
 
 
-if os.name == "nt" or sys.getfilesystemencoding().lower() == "utf-8":
-    def to_disk(part):
-        """The part as os functions take it."""
-        return part
+UNICODE_DISK = os.name == "nt" or sys.getfilesystemencoding().lower() == "utf-8"
 
-    def from_disk(name):
-        """The reverse of to_disk(). Raises ValueError for a name that is not Unicode."""
-        name.encode("utf-8")
-        return name
-else:
-    def to_disk(part):
-        """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
-        return os.fsdecode(part.encode("utf-8"))
 
-    def from_disk(name):
-        """The reverse of to_disk(). Raises ValueError for a name that is not UTF-8."""
-        return os.fsencode(name).decode("utf-8")
+def to_disk(part):
+    """The part as os functions take it: UTF-8 on the disk, whatever the locale's encoding is."""
+    return part if UNICODE_DISK else os.fsdecode(part.encode("utf-8"))
+
+
+def from_disk(name):
+    """The reverse of to_disk(). Raises ValueError for a name that is not Unicode."""
+    return (name.encode("utf-8") if UNICODE_DISK else os.fsencode(name)).decode("utf-8")
 
 
 def numbered(name):
-    """Yield name.ext, name-2.ext, name-3.ext and so on, none longer than a part may be."""
-    yield name
+    """Yield name-2.ext, name-3.ext and so on for name.ext, none longer than a part may be."""
     stem, extension = os.path.splitext(name)
     if len(extension.encode("utf-8")) > NAME_LIMIT // 2:
         stem, extension = name, ""
@@ -196,10 +188,9 @@ def numbered(name):
 
 
 def is_numbered(name, original):
-    """Tell whether a name is original or one that numbered() makes of it."""
+    """Tell whether a name is one that numbered() makes of original."""
     stem, extension = os.path.splitext(original)
-    return name == original or name.startswith(stem[:1]) and re.fullmatch(
-        re.escape(stem) + "-[0-9]+" + re.escape(extension), name) is not None
+    return name.startswith(stem + "-") and re.fullmatch("-[0-9]+" + re.escape(extension), name[len(stem):]) is not None
 
 
 class Folder:
@@ -210,7 +201,7 @@ class Folder:
     __slots__ = ("path", "fd")
 
     def __init__(self, path, fd=None):
-        self.path = path            # None for one that was opened from another
+        self.path = path            # None where a descriptor, got from another folder, does without
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if fd is None and HAS_DIR_FD else fd
 
     def __enter__(self):
@@ -270,7 +261,7 @@ class Folder:
             self.sync(sync)
         return self.inner(part)
 
-    def sync(self, wanted=True):
+    def sync(self, wanted):
         if wanted and self.fd is not None:              # Windows can't and needn't flush a folder
             os.fsync(self.fd)
 
@@ -309,7 +300,7 @@ class Download:
         self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
-        self.settled = abs(time.time() - max(self.stat.st_mtime, self.stat.st_ctime)) > SETTLED     # its stamps can be trusted
+        self.settled = abs(time.time() - max(self.mtime, self.stat.st_ctime)) > SETTLED     # its stamps can be trusted
 
     def __enter__(self):
         return self
@@ -318,7 +309,7 @@ class Download:
         self.file.close()
 
     def advance(self, offset, count):
-        """Count bytes on their way out; the new offset. Raises Refusal where there were none: the file is shorter now."""
+        """Count bytes on their way out; the new offset. Raises Refusal for none: the file is shorter now."""
         if not count:
             raise Refusal("changed", "the file shrank while it was sent")
         self.moved += count
@@ -357,8 +348,7 @@ def hash_into(digest, file, length):
 
 
 def same_content(one, other):
-    """Generator: compare two raw files from their starts; the value is True where they are the same."""
-    one.seek(0)
+    """Generator: compare two raw files, just opened; the value is True where they are the same."""
     for slices in itertools.count():
         data = one.read(CHUNK)
         if data != other.read(CHUNK):
@@ -415,28 +405,26 @@ class Upload:
 
     def open(self):
         """Open the folders and the partial; refuse now what could not be stored later."""
-        root = Folder(self.storage.upload)
-        try:
-            self.folder = root.inner(PARTIAL, make=True)
-        except BaseException:
-            root.close()
-            raise
+        self.target = Folder(self.storage.upload)
+        self.folder = self.target.inner(PARTIAL, make=True)
         with contextlib.suppress(FileNotFoundError):            # publish() makes what is missing
+            root, self.target = self.target, None
             self.target = descend(root, self.parts[:-1])
             if self.target.fd is not None and not os.access(".", os.W_OK | os.X_OK, dir_fd=self.target.fd):
                 raise Refusal("denied", "no right to write there")
             if self.storage.overwrite:
-                self.check_replaceable(self.target, self.parts[-1])
+                self.check_replaceable()
         fd, self.length = self.open_partial()
         self.file = io.FileIO(fd, "rb+")
         missing = self.size - self.length
         if missing > CHUNK and shutil.disk_usage(self.storage.upload).free < missing:
             raise Refusal("disk-full", "no room for %d bytes" % self.size)
 
-    @staticmethod
-    def check_replaceable(folder, name):
-        if folder.has(name) and not stat.S_ISREG(folder.stat(name).st_mode):
-            raise Refusal("not-a-file", "what has that name is not a file")
+    def check_replaceable(self):
+        """Raise Refusal where the name is that of something else than a file."""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self.target.stat(self.parts[-1]).st_mode):
+                raise Refusal("not-a-file", "what has that name is not a file")
 
     def open_partial(self):
         """Open and lock the partial, made if there is none: (fd, its length)."""
@@ -528,8 +516,8 @@ class Upload:
         if not self.target:
             self.target = descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync)
         for name in self.candidates():
-            stored = self.rename(self.target, name)
-            if stored or (yield from self.same(self.target, name)):
+            stored = self.rename(name)
+            if stored or (yield from self.same(name)):
                 if not stored:
                     self.discard()
                 self.target.sync(self.storage.fsync)
@@ -539,51 +527,48 @@ class Upload:
         """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
         name = self.parts[-1]
         yield name
-        yield from (taken for taken in self.target.names() if is_numbered(taken, name))     # there may be gaps between them
-        yield from numbered(name)
+        taken = {found for found in self.target.names() if is_numbered(found, name)}    # there may be gaps between them
+        yield from sorted(taken)
+        yield from (free for free in numbered(name) if free not in taken)
 
-    def rename(self, folder, name):
-        """Move the partial to its final name in folder; False where that is taken."""
-        source, target = self.folder.at(self.partial), folder.at(name)
-        where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": folder.fd}
+    def rename(self, name):
+        """Move the partial to its final name; False where that is taken."""
+        source, target = self.folder.at(self.partial), self.target.at(name)
+        where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": self.target.fd}
         if self.storage.overwrite:
-            self.check_replaceable(folder, name)
+            self.check_replaceable()
             os.replace(source, target, **where)
             self.partial = None
-            return self.is_at(folder, name)
-        try:
-            os.link(source, target, follow_symlinks=os.link not in os.supports_follow_symlinks, **where)    # never replaces
+            return self.is_at(name)
+        try:                                        # a link never replaces what is there
+            os.link(source, target, follow_symlinks=os.link not in os.supports_follow_symlinks, **where)
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise
-            return self.rename_unlinked(folder, name, source, target, where)
-        self.discard()
-        return self.is_at(folder, name)
+            with self.storage.renaming:             # a disk without hard links (FAT): our sessions take turns
+                if self.target.has(name):
+                    return False
+                os.rename(source, target, **where)
+            self.partial = None
+        else:
+            self.discard()
+        return self.is_at(name)
 
-    def is_at(self, folder, name):
+    def is_at(self, name):
         """True; raises Refusal where somebody has put something else in the place of the partial."""
-        if os.name != "nt" and not os.path.samestat(folder.stat(name), os.fstat(self.file.fileno())):
-            folder.unlink(name)
+        if os.name != "nt" and not os.path.samestat(self.target.stat(name), os.fstat(self.file.fileno())):
+            self.target.unlink(name)
             raise Refusal("server-error", "the partial file was tampered with")
         return True
 
-    def rename_unlinked(self, folder, name, source, target, where):
-        """rename() for a disk without hard links (FAT): sessions of this server take turns."""
-        with self.storage.renaming:
-            if folder.has(name):
-                return False
-            os.rename(source, target, **where)
-        self.partial = None
-        return self.is_at(folder, name)
-
-    def same(self, folder, name):
-        """Generator: compare the partial with a file of the folder; the value is True for the same content."""
-        info = folder.stat(name)
+    def same(self, name):
+        """Generator: compare the partial with a file beside it; the value is True for the same content."""
+        info = self.target.stat(name)
         if not stat.S_ISREG(info.st_mode) or info.st_size != self.length:
             return False
-        with io.FileIO(folder.open(name, os.O_RDONLY), "rb") as other, \
+        with io.FileIO(self.target.open(name, os.O_RDONLY), "rb") as other, \
                 io.FileIO(self.folder.open(self.partial, os.O_RDONLY), "rb") as mine:
             return (yield from same_content(mine, other))
 
@@ -666,8 +651,8 @@ class Storage:
 
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
-        with descend(Folder(self.upload), split_name(name), make=True, sync=self.fsync):
-            pass
+        parts = split_name(name)            # first: a folder opened before a refusal would stay open
+        descend(Folder(self.upload), parts, make=True, sync=self.fsync).close()
 
     def sweep(self):
         """Remove the partial files that nobody has touched for a day."""
@@ -688,7 +673,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 NESTING_LIMIT = 100
 NESTING = re.compile(rb"[\[{]")
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search would start again at each quote
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -780,8 +765,8 @@ def parse_classic(data):
     if not bar and any(known.startswith(verb) for known in CLASSIC):
         return None
     name, bar, number = rest.partition("|")
-    sign = "-?" if verb == "get" else ""
-    if verb not in CLASSIC or len(data) > PATH_LIMIT + 64 or bar and not (name and re.fullmatch(sign + "[0-9]*", number)):
+    well = name and re.fullmatch("-?[0-9]*" if verb == "get" else "[0-9]*", number)
+    if verb not in CLASSIC or len(data) > PATH_LIMIT + 64 or bar and not well:
         raise BadMessage("not a request")
     if number in ("", "-"):
         return None
@@ -836,7 +821,7 @@ class Wire:
 
     def __init__(self, sock, timeout):
         self.sock, self.timeout = sock, timeout
-        self.deadline = math.inf    # time.monotonic() at which a header must be complete
+        self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.ahead = bytearray()
         self.owed = bytearray()
 
@@ -847,7 +832,8 @@ class Wire:
         Raises TimedOut, or Gone for any error of the socket."""
         left = None
         while True:
-            patience = min(self.timeout / 2 if event == WRITE and left is None else self.timeout, self.deadline - time.monotonic())
+            limit = self.timeout / 2 if event == WRITE and left is None else self.timeout
+            patience = min(limit, self.deadline - time.monotonic())
             try:
                 if patience <= 0:
                     raise socket.timeout
@@ -866,15 +852,19 @@ class Wire:
                 await may_block()
                 raise Gone(error.strerror) from None
 
-    async def fill(self):
-        """Read more of the stream ahead, after all that is owed was sent. Raises Gone at its end."""
+    async def receive(self, operation, argument):
+        """Do a reading operation, after all that is owed was sent. Raises Gone at the end of the stream."""
         if self.owed:
             await self.flush()
-        data = await self.attempt(READ, self.sock.recv, CHUNK)
-        if not data:
+        got = await self.attempt(READ, operation, argument)
+        if not got:
             await may_block()
             raise Gone("the client closed the connection")
-        self.ahead += data
+        return got
+
+    async def fill(self):
+        """Read more of the stream ahead."""
+        self.ahead += await self.receive(self.sock.recv, CHUNK)
 
     async def peek(self):
         """Wait for the next byte and return it unread."""
@@ -911,13 +901,7 @@ class Wire:
             data = self.take(len(view))
             view[:len(data)] = data
             return len(data)
-        if self.owed:
-            await self.flush()
-        count = await self.attempt(READ, self.sock.recv_into, view)
-        if not count:
-            await may_block()
-            raise Gone("the client closed the connection")
-        return count
+        return await self.receive(self.sock.recv_into, view)
 
     async def send(self, data):
         """Send bytes, later if they are few: small answers travel together."""
@@ -955,11 +939,11 @@ class Wire:
     async def linger(self):
         """Let the peer read the last answer before the socket goes: unread bytes would make that a reset."""
         self.deadline = time.monotonic() + LINGER_TIME
-        await self.flush()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TimedOut):
+            await self.flush()
             self.sock.shutdown(socket.SHUT_WR)
-        while await self.attempt(READ, self.sock.recv, CHUNK):
-            pass
+            while await self.attempt(READ, self.sock.recv, CHUNK):
+                pass
 
 
 # ==== Session: one client from hello to goodbye ===========================================================
@@ -1073,7 +1057,8 @@ class Session:
         """Read one header and do what it asks."""
         ask = await self.read_header()
         if self.full:
-            raise Refusal("busy", "%d clients are served already: try again later" % self.service.max_clients, closes=True)
+            text = "%d clients are served already: try again later" % self.service.max_clients
+            raise Refusal("busy", text, closes=True)
         command = COMMANDS.get(ask["cmd"]) if isinstance(ask.get("cmd"), str) else None
         if command is None:
             raise BadMessage("'cmd' must be one of: %s" % " ".join(COMMANDS))
@@ -1291,7 +1276,7 @@ class Session:
         try:
             download = self.storage.open_download(name)
         except (Refusal, OSError) as error:
-            LOG.warning("%s %s refused: %s", self.peer, self.doing, error.strerror if isinstance(error, OSError) else error)
+            LOG.warning("%s %s refused: %s", self.peer, self.doing, getattr(error, "strerror", error))
             return await self.wire.send(b"NO|0")
         with download, self.logged(download):
             await self.wire.send(b"YES|%d" % download.size)
@@ -1407,8 +1392,8 @@ class Discovery:
     requests, and few in a second."""
 
     def __init__(self, service, port_number):
-        self.message = encode({"ok": True, "server": "ftp_server", "host": socket.gethostname()[:64], "port": port_number,
-                               "mode": service.mode})
+        self.message = encode({"ok": True, "server": "ftp_server", "host": socket.gethostname()[:64],
+                               "port": port_number, "mode": service.mode})
         self.lock = threading.Lock()
         self.times = collections.deque([-math.inf] * DISCOVERY_RATE, DISCOVERY_RATE)    # of the last answers
 
@@ -1479,7 +1464,6 @@ class Stoppable:
         with contextlib.suppress(Stopped):
             super().serve_forever(poll_interval)
 
-
     def process_request(self, request, client_address):
         try:
             super().process_request(request, client_address)
@@ -1506,6 +1490,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
     def server_bind(self):
         tune_listener(self.socket, self.server_address[0] == "::")
         super().server_bind()
+        self.socket.setblocking(False)                      # a client may be gone before accept() gets to it
 
     def get_request(self):
         taken = self.service.accept(self.socket)
@@ -1770,11 +1755,11 @@ class SelectFtpServer:
                     self.set_alarm(task)
 
     def close(self, task):
-        conn = self.dic.pop(task.sock, None) and task.sock
-        if conn:
+        """End a session, once: forget its connection and close both."""
+        if self.dic.pop(task.sock, None):
             if task.event:
-                self.sel.unregister(conn)
-            conn.close()
+                self.sel.unregister(task.sock)
+            task.sock.close()
             self.service.farewell(task.session)
         task.steps.close()
 
@@ -1800,12 +1785,13 @@ MODES = {"selectors": SelectFtpServer, "socketserver": ThreadFtpServer}
 # ==== Explain: what the running program does inside =======================================================
 
 class Explainer:
-    """Prints a line for each step of the loops, told by the interpreter's own profile hook: nothing here knows
-    which methods there are, in which class Python finds them, or in what order they run."""
+    """Prints a line for each step of the loops, told by the interpreter's own profile hook: which methods run, in
+    what order and in which class Python finds them is seen, not written here."""
     NOTES = {                       # for what has no docstring
-        "get_request": "accepts: the new socket and the client's address", "UDPServer.get_request":
-        "receives: the pair of a datagram and the server's socket, and the client's address", "handle": "talks with the client until one has enough",
-        "setup": "what a handler does first", "finish": "what a handler does last", "select": "waits until a socket is ready",
+        "get_request": "accepts: the new socket and the client's address",
+        "UDPServer.get_request": "receives: the pair of a datagram and the server's socket, and the client's address",
+        "handle": "talks with the client until one has enough", "setup": "what a handler does first",
+        "finish": "what a handler does last", "select": "waits until a socket is ready",
         "register": "a socket to wait for, and what to call then", "modify": "another event to wait for on a socket",
         "unregister": "a socket not to wait for any more", "service_actions": "called every round; shown once",
         "BaseRequestHandler.__init__": "keeps request, client_address and server; calls setup, handle, finish",
@@ -1847,7 +1833,8 @@ class Explainer:
         if name in ("__init__", "serve_forever") and isinstance(target, socketserver.BaseServer):
             self.links.add(thread)
         if (kinds[0], name) not in self.seen:
-            self.show_step("link loop" if thread in self.links else "communication loop", target, frame, kinds[0].__name__)
+            loop = "link loop" if thread in self.links else "communication loop"
+            self.show_step(loop, target, frame, kinds[0].__name__)
         if name in ("service_actions", "fileno"):
             self.seen.add((kinds[0], name))
 
@@ -1858,7 +1845,8 @@ class Explainer:
         if event == "call" and name != "select":
             callback = frame.f_locals.get("data")
             self.callbacks.add(getattr(getattr(callback, "__func__", None), "__code__", None))
-            self.show_step("event loop", target, frame, getattr(callback, "__name__", "fd %s" % frame.f_locals.get("fileobj")), False)
+            more = getattr(callback, "__name__", "fd %s" % frame.f_locals.get("fileobj"))
+            self.show_step("event loop", target, frame, more, repeat=False)
         elif event == "return" and name == "select" and result:
             self.show_step("event loop", target, frame, "%d ready" % len(result), repeat=False)
 
@@ -1907,7 +1895,7 @@ def say(text, stream=None):
         return
     encoding = stream.encoding or "ascii"
     with contextlib.suppress(OSError, ValueError):          # a closed one must not end transfers
-        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")     # one write: threads
+        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")  # one write: threads
         stream.flush()
 
 
@@ -2000,10 +1988,11 @@ def open_server(options):
                                                       flags=socket.AI_PASSIVE)[0]
         return MODES[options.mode](service, family, address)
     except (OSError, UnicodeError) as error:
-        hint = {errno.EADDRINUSE: "is another server running? Name another port, or 0 for any that is free",
-                errno.EACCES: "ports below 1024 need more rights: name a higher one"}.get(getattr(error, "errno", 0), "check HOST and PORT")
-        raise Unusable("can't listen on %s port %d: %s (%s)" % (options.host, options.port,
-                                                               getattr(error, "strerror", None) or error, hint))
+        hints = {errno.EADDRINUSE: "is another server running? Name another port, or 0 for any that is free",
+                 errno.EACCES: "ports below 1024 need more rights: name a higher one"}
+        raise Unusable("can't listen on %s port %d: %s (%s)" % (
+            options.host, options.port, getattr(error, "strerror", None) or error,
+            hints.get(getattr(error, "errno", 0), "check HOST and PORT")))
 
 
 def raise_descriptor_limit():
@@ -2039,7 +2028,8 @@ def own_addresses(family):
         with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect((anywhere, 9))                    # sends nothing: it only picks the way out
             found.append(probe.getsockname()[0])
-    usable = [a for a in found if not a.startswith(("127.", "::1", "fe80")) and (family == socket.AF_INET6 or ":" not in a)]
+    usable = [address for address in found if not address.startswith(("127.", "::1", "fe80"))
+              and (family == socket.AF_INET6 or ":" not in address)]
     return list(dict.fromkeys(usable)) or ["127.0.0.1"]
 
 

@@ -1143,6 +1143,16 @@ def test_refused_long_payload_is_answered_and_the_connection_closed(peer, sent):
     assert sent == 0 or peer.closed()
 
 
+def test_connection_that_the_server_closes_lingers_without_a_false_word_in_the_log(mode, tmp_path):
+    patch = "import ftp_server; ftp_server.LINGER_TIME = 0.3"
+    with serve(mode, tmp_path, patch=patch) as server, server.peer() as peer:
+        assert peer.ask(b"{nonsense}\n")["code"] == "bad-request"
+        assert peer.closed()  # one way: the other stays open for as long as it lingers
+        with contextlib.suppress(ConnectionError):
+            wait_for(lambda: peer.sock.send(b"x") and time.sleep(0.05))
+        assert "left" not in server.log()
+
+
 def test_max_size_is_told_and_holds(mode, tmp_path):
     with serve(mode, tmp_path, "--max-size", "64K") as server, server.peer() as peer:
         assert peer.hello()["max_size"] == 65536
@@ -1856,6 +1866,27 @@ def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
             assert first.hello()["ok"]
         wait_for(recovered, 5)
         assert first.put("x", b"x")["ok"]
+
+
+@linux
+def test_refused_requests_leave_no_descriptor_open(server, peer):
+    server.serves("plain", b"x")
+
+    def ask(cmd, name, **header):
+        return peer.ask(dict({"cmd": cmd, "name": name, "path": name, "size": 0}, **header), *[b"{}\n"][:cmd == "put"])
+
+    def ask_all():
+        for name in ("../x", "plain/x", "nothing/x", "a" * 256):
+            for cmd in ("ls", "get", "mkdir", "put"):
+                ask(cmd, name)
+            ask("resume", name, id=upload_id())
+            ask("put", name, id=upload_id())
+        return os.listdir("/proc/%d/fd" % server.process.pid)
+
+    before = ask_all()
+    for _ in range(5):
+        ask_all()
+    assert len(ask_all()) <= len(before)
 
 
 @posix
@@ -3162,6 +3193,25 @@ def test_error_at_any_operation_of_the_client_is_told(lone, work, tmp_path):
     assert 3 < number < 59
 
 
+@posix
+def test_file_that_can_not_be_read_to_its_end_spoils_no_other(lone, work, tmp_path):
+    faults, files = Faults(tmp_path), {"a": content(MIB), "b": content(1000), "c": content(300000)}
+    fill(work, files)
+    for number in range(1, 60):
+        faults.arm("raise", ["read"], at=number)
+        done = client(lone, "put", "a", "b", "c", "--retries", "0", cwd=work, faults=faults)
+        struck = faults.struck()
+        faults.disarm()
+        failed = [name for name in files if re.search("^%s: Input/output error" % name, done.err, re.MULTILINE)]
+        assert len(failed) == struck and done.code == struck
+        assert lone.uploads() == {name: data for name, data in files.items() if name not in failed}
+        if not struck:
+            break
+        for name in lone.uploads():
+            os.unlink(os.path.join(lone.upload, name))
+    assert 6 < number < 59
+
+
 @linux
 def test_memory_of_the_client_does_not_grow_with_the_file(lone, work):
     patch = "import atexit\nfrom resource import *\natexit.register(lambda: print(getrusage(RUSAGE_SELF).ru_maxrss))"
@@ -3316,6 +3366,31 @@ def test_server_of_another_kind_is_an_error(work, answers):
     with fake_server(**answers) as (port, headers):
         done = client(port, "ls", "--retries", "0", "--timeout", "5", cwd=work)
     assert done.code == 1 and done.err
+
+
+def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
+    fill(work, {"x": b"hello"})
+    hello, asked = {"ok": True, "server": "ftp_server", "version": "1", "mode": "selectors", "protocol": 2,
+                    "max_size": None}, []
+    patch = "import ftp_client; ftp_client.FIRST_PAUSE = 0.1"
+
+    def late(peer, header):
+        asked.append(peer)
+        if len(asked) == 2:  # the first is broken off by put; this one is silent for longer than the client waits
+            peer.line()
+        peer.send(hello)
+
+    def put(peer, header):
+        if len(asked) == 1:
+            raise Hangup
+        peer.read(5)
+        peer.line()
+        peer.send({"ok": True, "name": "x", "size": 5, "sha256": sha(b"hello"), "duplicate": False})
+
+    with fake_server(late, put=put) as (port, headers):
+        done = client(port, "put", "x", "--retries", "3", "--timeout", "0.5", cwd=work, patch=patch)
+    assert done.code == 0 and "stored as x" in done.out
+    assert len(asked) == 3
 
 
 def test_server_that_falls_silent_is_given_up_and_a_slow_one_is_not(work):
