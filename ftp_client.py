@@ -48,8 +48,7 @@ SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
 WINDOW = 128               # requests sent before the first is answered, at most
 HEADER_TIME = 10           # seconds from a header's first byte to its last
-HASH_RATE = 5e6            # bytes a second that a server hashes at least: so long we wait for its answer
-CLASSIC_RATE = 5e6         # bytes a second that the original server reads at least: so long we wait for it to close
+WORK_RATE = 5e6            # bytes a second that a server hashes, or the original one reads, at least
 FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a broken connection
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
@@ -200,7 +199,7 @@ def is_size(value):
 
 
 def is_time(value):
-    return type(value) in (int, float) and abs(value) < 1 << 33     # to the year 2242; neither infinite nor NaN
+    return type(value) in (int, float) and value - value == 0   # neither infinite nor NaN
 
 
 def is_digest(value):
@@ -239,7 +238,8 @@ class Link:
     """A connected socket that blocks, but no wait takes longer than timeout seconds. Raises Broken."""
 
     def __init__(self, sock, timeout, explain=None):
-        tune(sock, sock.getpeername()[0])
+        with contextlib.suppress(OSError):      # reset already: the first use will tell
+            tune(sock, sock.getpeername()[0])
         sock.settimeout(timeout)
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
@@ -289,7 +289,7 @@ class Link:
         while not wait_for(self.sock, event, seconds):
             left, before = unsent(self.sock), left
             if left >= before:
-                raise Broken("nothing moved for %g seconds" % seconds)
+                raise Broken("nothing moved for %.3g seconds" % seconds)
 
     def request(self, **message):
         if self.explain:
@@ -391,6 +391,14 @@ OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O
 PARTIAL_FLAGS = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
 
 
+def unicode_name(name):
+    """The Unicode form of a local name. Raises Refusal where it has none."""
+    try:
+        return from_disk(name)
+    except ValueError:
+        raise Refusal("bad-name", "%s is not a Unicode name" % name) from None
+
+
 def open_source(path):
     """Open a regular file for reading; the raw file. Raises Failed."""
     try:
@@ -407,6 +415,11 @@ def state(file):
     """What changes when somebody writes to an open file."""
     info = os.fstat(file.fileno())
     return info.st_size, info.st_mtime_ns
+
+
+def work_time(size):
+    """Seconds that a server may take for size bytes before it says something."""
+    return min(size / WORK_RATE, 1e6)           # poll(2) takes no more than 2e6
 
 
 def hash_file(file, length):
@@ -459,8 +472,7 @@ class Target:
         self.path = path
         self.folder, name = os.path.split(path)
         room = NAME_LIMIT - len("." + PARTIAL)
-        if len(name) > room // 4:           # bytes that a character may take
-            name = to_disk(from_disk(name).encode("utf-8")[:room].decode("utf-8", "ignore"))
+        name = to_disk(unicode_name(name).encode("utf-8")[:room].decode("utf-8", "ignore"))
         self.partial = os.path.join(self.folder, "." + name + PARTIAL)
         self.file = None
 
@@ -601,7 +613,7 @@ class Put(Job):
         super().__init__(client, name, size)
         self.path, self.name = path, remote_name(name)
         self.alone = size > SMALL or client.classic
-        self.hashed = None, None    # (offset, digest up to there)
+        self.hashed = None, None    # ((state of the file, offset), digest up to there)
 
     def ask(self):
         with open_source(self.path) as file:
@@ -638,7 +650,7 @@ class Put(Job):
     def send_large(self, file, before, mtime):
         ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(before)])
                                .encode("utf-8", "surrogateescape")).hexdigest()
-        offset, digest = self.agree_on_offset(file, ident)
+        offset, digest = self.agree_on_offset(file, before, ident)
         self.went_on_at(offset)
         self.header(mtime, offset=offset, id=ident)
         self.client.payload("->", self.size - offset)
@@ -651,15 +663,15 @@ class Put(Job):
             raise
         self.last_line(digest)
 
-    def agree_on_offset(self, file, ident):
+    def agree_on_offset(self, file, before, ident):
         """Ask how much of the file the server has, and believe it only if the hash is ours: (offset, digest)."""
         link = self.client.link
         self.client.step("resume: what is there already of an interrupted put, and is it the same?")
         link.request(cmd="resume", name=self.name, size=self.size, id=ident)
-        offset, sha256 = fields(link.answer(self.size / HASH_RATE), "offset", "sha256")
+        offset, sha256 = fields(link.answer(work_time(self.size)), "offset", "sha256")
         if 0 < offset <= self.size:
-            if self.hashed[0] != offset:        # kept: the server may lose patience meanwhile, and the next try has it
-                self.hashed = offset, hash_file(file, offset)
+            if self.hashed[0] != (before, offset):      # kept: should the server lose patience, the next try has it
+                self.hashed = (before, offset), hash_file(file, offset)
             digest = self.hashed[1].copy()
             if digest.hexdigest() == (sha256 or "").lower():
                 return offset, digest
@@ -668,7 +680,11 @@ class Put(Job):
     def stream(self, file, offset, digest):
         """Send the file from offset on; hash it on the way if there is a digest."""
         if digest is None and hasattr(os, "sendfile"):
-            return self.stream_unread(file, offset)
+            self.stream_unread(file, offset)
+        else:
+            self.stream_read(file, offset, digest)
+
+    def stream_read(self, file, offset, digest):
         view = memoryview(bytearray(CHUNK))
         file.seek(offset)
         while offset < self.size:
@@ -684,15 +700,27 @@ class Put(Job):
 
     def stream_unread(self, file, offset):
         """Send the file from offset on by sendfile(2)."""
-        link = self.client.link
-        link.flush()
+        self.client.link.flush()
         while offset < self.size:
             self.listen()
-            count = link.push(os.sendfile, link.sock.fileno(), file.fileno(), offset, min(SLICE, self.size - offset))
+            count = self.client.link.push(self.sendfile, file.fileno(), offset, min(SLICE, self.size - offset))
+            if count is None:
+                return self.stream_read(file, offset, None)
             if not count:
                 raise Failed("the file shrank while it was sent: try again")
             self.progress(count)
             offset += count
+
+    def sendfile(self, fd, offset, count):
+        """sendfile(2); None where the file's system can't do that. Raises Failed where the file can't be read."""
+        try:
+            return os.sendfile(self.client.link.sock.fileno(), fd, offset, count)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise Failed(error.strerror)
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return None
 
     def listen(self):
         """An answer before the end is a refusal: read it rather than send what nobody wants."""
@@ -701,7 +729,7 @@ class Put(Job):
             raise BadMessage("an answer before the end of the file")
 
     def finish(self):
-        answer = self.client.link.answer(self.size / HASH_RATE)
+        answer = self.client.link.answer(work_time(self.size))
         stored, size, sha256, duplicate = fields(answer, "name", "size", "sha256", "duplicate")
         if size != self.size or (sha256 and sha256.lower()) != self.sha256:
             raise BadMessage("it stored something else than what was sent")
@@ -720,18 +748,21 @@ class Put(Job):
                 raise Refusal("refused", "the server did not say OK")
             self.went_on_at(0)
             self.client.payload("->", self.size)
-            self.stream(file, 0, None)
+            try:
+                self.stream(file, 0, None)
+            except Broken as error:         # the original would append what is sent again
+                raise Failed("%s; the server may have stored a part" % error)
             if state(file) != before:
                 raise Failed("the file changed while it was sent: what the server has is a mixture")
             link.sock.shutdown(socket.SHUT_WR)
             # The original drops what it hasn't read of one connection when the next one asks; some close when done.
-            wait_for(link.sock, READ, 0.5 + self.size / CLASSIC_RATE)
+            wait_for(link.sock, READ, 0.5 + work_time(self.size))
         self.outcome = "sent (the classic dialect doesn't tell whether it was stored)"
 
 
 def remote_name(path):
-    """The name on the wire for a relative local path. Raises Refusal, ValueError."""
-    name = "/".join(from_disk(part) for part in path.split(os.sep))
+    """The name on the wire for a relative local path. Raises Refusal."""
+    name = "/".join(unicode_name(part) for part in path.split(os.sep))
     split_name(name)
     return name
 
@@ -763,7 +794,7 @@ class Get(Job):
         self.hint = None            # (length, digest) of a local file that may be the same
         self.hashed = None, None    # (its state, digest)
         self.partial_size, self.path_size = size_of(self.target.partial), size_of(path)
-        self.alone = max(self.partial_size, self.path_size) > SMALL
+        self.alone = self.partial_size > 0 or self.path_size > SMALL
 
     def ask(self):
         """Ask for what is missing: behind the partial, or behind the whole file if that is here already."""
@@ -791,7 +822,7 @@ class Get(Job):
     def finish(self):
         link = self.client.link
         asked, digest = self.hint
-        size, offset, mtime = fields(link.answer(asked / HASH_RATE), "size", "offset", "mtime")
+        size, offset, mtime = fields(link.answer(work_time(asked)), "size", "offset", "mtime")
         self.resize(size)
         if offset not in (0, asked) or offset > self.size:
             raise BadMessage("an offset that was not asked for")
@@ -801,14 +832,14 @@ class Get(Job):
         self.client.payload("<-", self.size - offset)
         here = offset and self.target.file is None          # the file under its own name is what goes on
         if here and offset == self.size:
-            link.answer()
+            self.check(link.answer(), digest if self.client.verify else None)
             self.outcome = "already here"
             return
         if here:
             digest = self.copy_here(offset)
         self.open_at(offset)
         self.receive(offset, digest if self.client.verify else None)
-        self.check(link.answer(self.size / HASH_RATE), digest if self.client.verify else None)
+        self.check(link.answer(work_time(self.size)), digest if self.client.verify else None)
         self.store(mtime)
 
     def open_at(self, offset):
@@ -885,12 +916,13 @@ class FtpClient:
         self.classic, self.greeted = options.classic, False
         self.link, self.tries = None, 0
         self.todo, self.under_way, self.failed = collections.deque(), collections.deque(), []
+        self.left_out = []                      # what a listing holds that we could not ask for or must not show
         self.bar = Bar(0, 0, False)
 
     # ---- connection ----
 
     def create_socket(self):
-        """Connect and say hello, unless there is a connection that still lives. Raises Unreachable or Broken."""
+        """Connect and say hello, unless there is a connection that still lives. Raises Unreachable."""
         if self.link and not self.under_way and self.link.answered():
             self.close()                        # idle for too long: the server has said goodbye
         if self.link:
@@ -921,6 +953,9 @@ class FtpClient:
                                   % self.port) from None
             if isinstance(error, Refusal):
                 raise Unreachable("%s port %d says no: %s" % (self.port + (error,))) from None
+            if isinstance(error, Broken):
+                raise Unreachable("no welcome from %s port %d (%s): check the port, or try again later"
+                                  % (self.port + (error,))) from None
             raise
 
     def close(self):
@@ -929,8 +964,14 @@ class FtpClient:
             link.sock.close()
 
     def recover(self, why):
-        """Take a broken connection up again, with growing pauses. Raises Unreachable when that is hopeless."""
+        """Take a broken connection up again, with growing pauses; where that has not helped, give up the first job.
+
+        Raises Unreachable when there is no connection to be had."""
         self.close()
+        if self.tries >= self.options.retries:
+            job = self.todo.popleft()
+            job.drop()
+            return self.fail(job, "connection lost: %s" % why)
         while self.tries < self.options.retries:
             pause = min(FIRST_PAUSE * 2 ** self.tries, LAST_PAUSE)
             self.tries += 1
@@ -939,7 +980,7 @@ class FtpClient:
             time.sleep(pause)
             try:
                 return self.create_socket()
-            except (Unreachable, Broken) as error:
+            except Unreachable as error:
                 why = error
         raise Unreachable("connection lost: %s" % why)
 
@@ -1049,8 +1090,7 @@ class FtpClient:
         except (Failed, BadMessage, OSError) as error:
             if step == job.finish or isinstance(error, BadMessage):
                 self.close()
-            self.fail(job, error.strerror if isinstance(error, OSError) else "the server talks nonsense: %s" % error
-                      if isinstance(error, BadMessage) else error)
+            self.fail(job, "the server talks nonsense: %s" % error if isinstance(error, BadMessage) else reason(error))
         job.drop()
         return False
 
@@ -1072,7 +1112,7 @@ class FtpClient:
             say("%s: %s" % (job.label, job.outcome))
 
     def summary(self, jobs, seconds):
-        moved = sum(job.done - job.furthest for job in jobs)
+        moved = self.bar.moved
         text = "%d of %d done, %s in %.1f s, %s/s" % (len(jobs) - len(self.failed), len(jobs), human(moved), seconds,
                                                       human(moved / max(seconds, 1e-6)))
         if self.failed:
@@ -1111,9 +1151,8 @@ class FtpClient:
                 raise BadMessage("a listing that is longer than it says")
         return lines
 
-    @staticmethod
-    def entry_of(line):
-        """An entry of a listing; None for one that we could not ask for or must not show."""
+    def entry_of(self, line):
+        """An entry of a listing; None for one that is left out."""
         name = "a line"
         try:
             entry = decode(line)
@@ -1121,24 +1160,33 @@ class FtpClient:
             entry["parts"] = split_name(name)
             return entry if entry.get("type") in ("file", "dir") else None
         except (BadMessage, Refusal) as error:
-            note("%s of the listing is left out: %s" % (name, error))
+            self.left_out.append("%s of the listing is left out: %s" % (name, error))
             return None
 
     def find_remote(self, pattern):
         """The remote names that a pattern of get stands for: a list of entries with full names."""
         *folders, last = pattern.split("/")
-        parents = [""]
+        parents, wild = [""], False
         for part in folders:
             if WILD.search(part):
-                parents = [parent + entry["name"] + "/" for parent in parents for entry in self.matching(parent, part)
-                           if entry["type"] == "dir"]
+                parents = [parent + entry["name"] + "/" for parent in parents
+                           for entry in self.matching(parent, part, wild) if entry["type"] == "dir"]
+                wild = True
             else:
                 parents = [parent + part + "/" for parent in parents]
-        return [dict(entry, name=parent + entry["name"]) for parent in parents for entry in self.matching(parent, last)]
+        return [dict(entry, name=parent + entry["name"]) for parent in parents
+                for entry in self.matching(parent, last, wild)]
 
-    def matching(self, parent, pattern):
-        """The entries of a remote folder that match a pattern; one that is literally there counts as that."""
-        entries = self.ls(parent.rstrip("/"))
+    def matching(self, parent, pattern, wild):
+        """The entries of a remote folder that match a pattern; one that is literally there counts as that.
+
+        wild: the folder's own name comes from a pattern, so it need not be there."""
+        try:
+            entries = self.ls(parent.rstrip("/"))
+        except Refusal as error:
+            if wild and error.code in ("not-found", "not-a-file"):
+                return []
+            raise
         exact = [entry for entry in entries if entry["name"] == pattern]
         return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)
                          and entry["name"].startswith(".") <= pattern.startswith(".")]      # as in a shell
@@ -1222,6 +1270,14 @@ def columns(text):
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in text)
 
 
+def clipped(text, width):
+    """As much of the start of a text as fits into so many columns."""
+    for end, total in enumerate(itertools.accumulate(map(columns, text))):
+        if total > width:
+            return text[:end]
+    return text
+
+
 class Bar:
     """One line on stderr for all files of a command; drawn on a terminal only."""
 
@@ -1229,7 +1285,7 @@ class Bar:
         self.files, self.size, self.visible = files, size, visible
         self.finished = self.done = self.moved = 0
         self.start = self.drawn = time.monotonic()
-        self.shown = False
+        self.shown = 0              # columns that are drawn
 
     def add(self, job, count, moved=True):
         self.done += count
@@ -1246,7 +1302,7 @@ class Bar:
         line = self.text(printable(label), width)
         sys.stderr.write("\r%s%s\r" % (line, " " * (width - columns(line))))
         sys.stderr.flush()
-        self.shown = True
+        self.shown = width
 
     def text(self, label, width):
         """name, percent, bytes, speed and time left, in at most width columns."""
@@ -1259,17 +1315,15 @@ class Bar:
             facts = " %d/%d" % (min(self.finished + 1, self.files), self.files) + facts
         encoding = sys.stderr.encoding or "ascii"
         label = label.encode(encoding, "backslashreplace").decode(encoding)
-        while label and columns(label + facts) > width:
-            label = label[:-1]
-        return (label + facts)[:width]
+        return clipped(label, width - len(facts)) + facts[:width]
 
     def clear(self):
         """Take the line away, so that another can be printed."""
         if self.shown:
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write("\r%s\r" % (" " * (os.get_terminal_size(sys.stderr.fileno()).columns - 1)))
+                sys.stderr.write("\r%s\r" % (" " * self.shown))
                 sys.stderr.flush()
-            self.shown = False
+            self.shown = 0
 
 
 # ==== Commands: what can be typed at the prompt ===========================================================
@@ -1296,7 +1350,8 @@ def do_put(client, options, names):
     """put FILE... [-r]             send files; -r: folders too"""
     jobs, wrong = [], 0
     for name in names:
-        found = [name] if os.path.lexists(name) else sorted(glob.glob(os.path.expanduser(name)))
+        path = os.path.expanduser(name)
+        found = [path] if os.path.lexists(path) else sorted(glob.glob(path))
         if not found:
             note("%s: no such file" % name)
             wrong += 1
@@ -1334,9 +1389,15 @@ def add_job(jobs, kind, client, *args):
     try:
         jobs.append(kind(client, *args))
         return True
-    except (Refusal, ValueError) as error:
+    except Refusal as error:
         note("%s: %s" % (args[0], error))
         return False
+
+
+def reason(error):
+    """What went wrong, in words: of an OSError with the file's name."""
+    name = getattr(error, "filename", None)
+    return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
 
 
 def size_of(path):
@@ -1351,45 +1412,56 @@ def do_get(client, options, names):
     out = os.path.expanduser(options.get("-o", ""))
     if out.endswith(("/", os.sep)):
         os.makedirs(out, exist_ok=True)
-    if len(names) > 1 and out and not os.path.isdir(out):
-        raise Usage("-o must name a folder that exists, for several files")
-    jobs, wrong = [], 0
+    found, wrong, jobs = {}, 0, []
     for name in names:
         try:
-            wrong += not add_get(client, name.rstrip("/"), options, out, jobs)
+            found.update((entry["name"], entry) for entry in entries_of(client, typed(name), "-r" in options))
         except (Refusal, Failed) as error:
             note("%s: %s" % (name, error))
+            wrong += 1
+    if len(found) > 1 and out and not os.path.isdir(out):
+        raise Usage("-o must name a folder that exists, for several files")
+    for name, entry in found.items():
+        try:
+            wrong += not add_get(client, entry, options, out, jobs)
+        except (Refusal, Failed, OSError) as error:
+            note("%s: %s" % (name, reason(error)))
             wrong += 1
     if len({job.target.path for job in jobs}) < len(jobs) and "-f" in options:
         raise Failed("several files would get the same name here: name a folder that exists with -o")
     return client.run(jobs) and not wrong
 
 
-def add_get(client, name, options, out, jobs):
-    """Add the jobs for a remote name, a pattern or a folder; False where there is nothing to get."""
-    name = name[2:] if name.startswith("./") else name
-    if name not in ("", "."):
+def typed(name):
+    """A remote name as it was typed, without what stands for this folder or its end."""
+    with contextlib.suppress(ValueError):           # not Unicode: split_name() will say so
+        name = from_disk(name)
+    name = name.rstrip("/")
+    return "" if name == "." else name[2:] if name.startswith("./") else name
+
+
+def entries_of(client, name, recursive):
+    """What a remote name or a pattern stands for: a list of entries with full names."""
+    if name:
         split_name(name)
     if not client.classic:
         client.create_socket()
-    if client.classic or not ("-r" in options or WILD.search(name)):
-        entries = [{"name": name, "type": "file", "size": 0}]
-    elif name in ("", "."):
-        entries = client.ls("")
-    else:
-        entries = client.find_remote(name)
+    if client.classic or name and not (recursive or WILD.search(name)):
+        return [{"name": name, "type": "file", "size": 0}]
+    entries = client.find_remote(name) if name else client.ls("")
     if not entries:
         raise Failed("no such file on the server")
-    well = True
-    for entry in entries:
-        if entry["type"] == "file":
-            path = local_path(entry["name"].rsplit("/", 1)[-1], out)
-            well &= add_job(jobs, Get, client, entry["name"], path, entry["size"], "-f" in options)
-        elif "-r" in options:
-            well &= add_folder(client, entry["name"], options, out, jobs)
-        elif not WILD.search(name):
-            raise Failed("a folder: use get -r")
-    return well
+    return entries
+
+
+def add_get(client, entry, options, out, jobs):
+    """Add the jobs for an entry, and for all in it if it is a folder; False where one can't be."""
+    if entry["type"] == "file":
+        path = local_path(entry["name"].rsplit("/", 1)[-1], out)
+        return add_job(jobs, Get, client, entry["name"], path, entry["size"], "-f" in options)
+    if "-r" not in options:
+        raise Failed("a folder: use get -r")
+    return add_folder(client, entry["name"], options, out, jobs)
 
 
 def local_path(name, out):
@@ -1413,15 +1485,17 @@ def add_folder(client, name, options, out, jobs):
 
 def do_ls(client, options, names):
     """ls [PATH]                    what the server has"""
-    path = names[0].rstrip("/") if names else ""
-    show_entries(client.ls("" if path == "." else path))
+    show_entries(client.ls(typed(names[0]) if names else ""))
     return True
 
 
 def show_entries(entries):
     for entry in entries:
         size = "folder" if entry["type"] == "dir" else "%d" % entry["size"]
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["mtime"] or 0))
+        try:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["mtime"] or 0))
+        except (OSError, OverflowError, ValueError):        # a time that this system can't tell
+            when = "%16s" % "?"
         say("%14s  %s  %s" % (size, when, entry["name"]))
 
 
@@ -1480,22 +1554,29 @@ def run_command(client, words):
     """Run one command; True where all went well. Whatever fails is one line, on stderr."""
     try:
         function, options, names = parse_command(words)
-        return function(client, options, names)
+        client.left_out = []
+        well = function(client, options, names)
+        for text in client.left_out:
+            note(text)
+        return well and not client.left_out
     except (Refusal, Failed, Unreachable) as error:
         note(str(error))
     except (BadMessage, Broken) as error:
         client.close()
         note("the connection is lost: %s" % error)
-    except OSError as error:
-        note("%s%s" % (error.filename + ": " if isinstance(error.filename, str) else "", error.strerror or error))
+    except (OSError, ValueError) as error:      # the latter: a name that the system can't even be asked for
+        note(reason(error))
     return False
 
 
 def command_fanout(client):
     """The prompt: read commands until the user has enough."""
+    if None in (sys.stdin, sys.stdout):
+        raise Usage("the prompt needs an input and an output: name a command after HOST and PORT")
     with contextlib.suppress(ImportError):
         set_up_readline(client)
     while True:
+        line = None
         try:
             line = input(">>>").strip()
             if line in LEAVE:
@@ -1506,10 +1587,10 @@ def command_fanout(client):
                 run_command(client, split_words(line))
         except Usage as error:
             note(str(error))
-        except UnicodeDecodeError:
+        except ValueError:
             note("that line is not text in this terminal's encoding")
         except KeyboardInterrupt:
-            note("stopped; the same command goes on where it was")
+            note("stopped; the same command goes on where it was" if line else "")
         except EOFError:
             return say("")
 
@@ -1549,15 +1630,17 @@ class Completer:
         skip = len(word) - len(text) + (1 if quote and text.startswith(quote) else 0)
         found = []
         for name in names:
-            mark = quote or ("\"" if " " in name else "")
+            mark = quote or ("'" if "\"" in name else "\"" if " " in name or "'" in name else "")
             end = "" if name.endswith("/") else mark + " "
             found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
         return found
 
     @staticmethod
     def local(word):
-        paths = sorted(glob.glob(glob.escape(word) + "*"))
-        return [path.replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in paths]
+        head = word[:word.find("/") + 1] if word.startswith("~") else ""        # ~/ or ~user/
+        home = os.path.expanduser(head)
+        paths = sorted(glob.glob(glob.escape(home + word[len(head):]) + "*"))
+        return [head + path[len(home):].replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in paths]
 
     def remote(self, word):
         folder = word.rpartition("/")[0]
@@ -1648,10 +1731,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     options = parse_args(argv)
-    if options.find:
-        return show_servers(options)
     client = FtpClient(options.host, options.port, options)
     try:
+        if options.find:
+            return show_servers(options)
         if not options.command or options.command[0] in ("put", "get", "ls"):
             client.create_socket()
         if options.command:

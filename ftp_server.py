@@ -504,8 +504,8 @@ class Upload:
 
         Its value is (the name stored, whether the same content was there already)."""
         if mtime is not None:
-            times = int(time.time() * 1e9), int(mtime * 1e9)            # sweep() goes by the later of the two
             try:
+                times = int(time.time() * 1e9), int(mtime * 1e9)        # sweep() goes by the later of the two
                 os.utime(self.file.fileno() if os.utime in os.supports_fd else self.folder.at(self.partial), ns=times)
             except (OSError, OverflowError):                    # a time that this system can't hold
                 pass
@@ -718,7 +718,7 @@ def is_size(value):
 
 
 def is_time(value):
-    return type(value) in (int, float) and abs(value) < 1 << 33     # to the year 2242; neither infinite nor NaN
+    return type(value) in (int, float) and value - value == 0   # neither infinite nor NaN
 
 
 def is_digest(value):

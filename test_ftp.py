@@ -29,6 +29,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -2384,6 +2385,19 @@ def test_find_asks_as_the_protocol_says(work):
     assert json.loads(request.decode("ascii")) == {"cmd": "discover"}
 
 
+@posix
+def test_ctrl_c_ends_find_with_130(work):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(PATIENCE)
+        command = PYTHON + [CLIENT, "--find", "127.0.0.1", str(sock.getsockname()[1])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+            sock.recvfrom(1000)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
 def test_hostile_answers_to_find_are_escaped_and_never_acted_on(work):
     with listen() as trap:
         port = trap.getsockname()[1]
@@ -2913,6 +2927,80 @@ def test_folder_comes_down_whole_with_r(lone, work):
     assert "new/sub/deep/c" in tree(work)
 
 
+@cases("arguments, problem", {
+    "pattern": (["*", "-o", "new"], "-o must name a folder"),
+    "whole folder": (["-r", ".", "-o", "new"], "-o must name a folder"),
+    "folders without -r": (["d*"], "d: a folder: use get -r"),
+    "folder in the way": (["-r", "d", "-o", "there"], "Not a directory"),
+})
+def test_get_that_can_not_be_done_as_asked_is_told_and_does_not_mix_files_up(lone, work, arguments, problem):
+    fill(lone.download, {"x": b"x", "d/d2/y": b"y"})
+    fill(work, {"there/d": b"a file"})
+    done = client(lone, "get", *arguments, cwd=work)
+    assert done.code in (1, 2) and problem in done.err
+    assert tree(work, hidden=True) == {"there": None, "there/d": b"a file"}
+
+
+def test_what_can_not_be_done_does_not_keep_the_rest_of_a_get_back(lone, work):
+    fill(lone.download, {"x/s/deep": b"deep", "y": b"y", "empty": None})
+    fill(work, {"x": b"a file"})
+    done = client(lone, "get", "-r", "x", "y", "nothing", "*/s/d*", cwd=work)
+    assert done.code == 1 and "nothing: " in done.err and "x: " in done.err
+    assert tree(work, hidden=True) == {"x": b"a file", "y": b"y", "deep": b"deep"}
+
+
+def test_one_file_named_twice_is_fetched_once(lone, work):
+    fill(lone.download, {"x": b"x"})
+    fill(work, {"x": b"old"})
+    assert client(lone, "get", "-f", "x", "x", "?", cwd=work).code == 0
+    assert tree(work, hidden=True) == {"x": b"x"}
+
+
+def test_files_of_one_name_are_both_fetched_though_one_was_begun_before(lone, work):
+    fill(lone.download, {"a/x": b"in a", "b/x": b"in b"})
+    fill(work, {".x.partial": b"in"})
+    assert client(lone, "get", "a/x", "b/x", cwd=work).code == 0
+    assert tree(work, hidden=True) == {"x": b"in a", "x-2": b"in b"}
+
+
+@posix
+def test_files_from_a_far_future_travel(server, work):
+    name, far = unique(), 13000000000  # the year 2381, which 34 bits hold, as the common file systems do
+    fill(work, {name: b"later"})
+    os.utime(str(work / name), (far, far))
+    assert client(server, "put", name, cwd=work).code == 0
+    assert server.stored(name) == b"later"
+    os.utime(server.serves(name, b"later"), (far, far))
+    done = client(server, "ls", cwd=work)
+    assert done.code == 0 and name in done.out
+    assert client(server, "get", name, "-o", "down", cwd=work).code == 0
+    assert (work / "down").read_bytes() == b"later"
+
+
+@linux
+@pytest.mark.parametrize("python_locale", ["C", "C.UTF-8"])
+def test_local_names_that_are_not_unicode_are_refused_and_unicode_ones_travel_in_any_locale(lone, work, python_locale):
+    fill(lone.download, {"né.txt": b"remote"})
+    environment = {"LC_ALL": python_locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = PYTHON + [CLIENT, "127.0.0.1", str(lone.port), "get", "né.txt"]
+    assert run(command, work, environment=environment).code == 0
+    assert tree(work) == {"né.txt": b"remote"}
+    done = run(command + ["-o", b"w\xff.txt"], work, environment=environment)
+    assert done.code == 1 and "not a Unicode name" in done.err
+    with open(os.path.join(os.fsencode(str(work)), b"w\xff.txt"), "wb"):
+        done = run(PYTHON + [CLIENT, "127.0.0.1", str(lone.port), "put", b"w\xff.txt"], work, environment=environment)
+    assert done.code == 1 and "not a Unicode name" in done.err
+    assert lone.uploads() == {}
+
+
+def test_home_folder_and_names_that_look_like_patterns_are_found(lone, work):
+    fill(work, {"a[1].txt": b"1", "a2.txt": b"2"})
+    command = PYTHON + [CLIENT, "127.0.0.1", str(lone.port), "put", "~/a[1].txt", "~/a2*"]
+    home = {"HOME": str(work), "USERPROFILE": str(work)}
+    assert run(command, os.path.dirname(str(work)), environment=home).code == 0
+    assert lone.uploads() == {"a[1].txt": b"1", "a2.txt": b"2"}
+
+
 def test_get_saves_where_it_is_told(lone, work):
     fill(lone.download, {"a/b": b"b"})
     (work / "folder").mkdir()
@@ -2997,6 +3085,29 @@ def helpless(done, *words):
     assert all(word in done.err for word in words), done.err
 
 
+def test_file_of_twelve_terabytes_is_refused_in_one_line(lone, work):
+    try:
+        sparse(work / "huge", 12 << 40)
+    except OSError as error:
+        pytest.skip("no such files here: %s" % error.strerror)
+    done = client(lone, "put", "huge", "--retries", "0", cwd=work)
+    assert done.code == 1 and "disk-full" in done.err
+
+
+@posix
+def test_connection_that_is_reset_at_once_is_one_helpful_line(work):
+    broken = """
+import errno, socket
+class Reset(socket.socket):
+    def getpeername(self):
+        raise OSError(errno.ENOTCONN, "not connected")
+socket.socket = Reset
+"""
+    with fake_server() as (port, headers):
+        done = client(port, "get", "x", "--retries", "0", cwd=work, patch=broken)
+    assert done.code == 1 and done.err.count("\n") == 1
+
+
 def test_refused_connection_is_one_helpful_line(work):
     with listen() as sock:
         port = sock.getsockname()[1]
@@ -3039,6 +3150,36 @@ def test_broken_transfer_goes_on_where_it_broke(lone, work, verb, cuts):
     assert done.code == 0 and done.out.count("pause") == len(cuts)
     assert (lone.uploads() if verb == "put" else tree(work, hidden=True)) == {"x": data}
     assert max(proxy.moved.values()) < 510000  # no byte of the payload was moved twice
+
+
+def test_file_that_always_breaks_the_connection_fails_alone(work):
+    patch = "import ftp_client; ftp_client.FIRST_PAUSE = 0.01"
+    asked = collections.Counter()
+
+    def get(peer, header):
+        asked[header["name"]] += 1
+        if header["name"] == "bad":
+            peer.send(OK_GET, b"123")
+            raise Hangup
+        peer.send(OK_GET, b"1234567890", {"ok": True, "sha256": sha(b"1234567890")})
+
+    with fake_server(get=get) as (port, headers):
+        done = client(port, "get", "bad", "good", "better", "--retries", "2", cwd=work, patch=patch)
+    assert done.code == 1 and "bad: connection lost" in done.err and "2 of 3 done" in done.err
+    assert tree(work) == {"good": b"1234567890", "better": b"1234567890"}
+    assert asked["bad"] == 3
+
+
+@linux
+@cases("error, code", {"no sendfile there": (errno.EINVAL, 0), "read error": (errno.EIO, 1)})
+def test_sendfile_that_fails_is_made_up_for_or_told(lone, work, tmp_path, error, code):
+    faults, files = Faults(tmp_path), {"a": content(MIB), "b": content(300000)}
+    fill(work, files)
+    faults.arm("raise", ["sendfile"], error=error)
+    done = client(lone, "put", "a", "b", "--no-verify", "--retries", "0", cwd=work, faults=faults)
+    assert done.code == code and faults.struck()
+    assert lone.uploads() == {name: files[name] for name in "ab"[code:]}
+    assert not code or "a: Input/output error" in done.err
 
 
 def test_put_whose_answer_was_lost_is_not_stored_twice(lone, work):
@@ -3269,6 +3410,15 @@ def test_lying_get_is_an_error_and_leaves_nothing(work, answer):
     assert tree(work) == {}
 
 
+def test_whole_file_that_is_here_already_is_checked_to_the_end(work):
+    fill(work, {"x": b"hello"})
+    lie = wired({"ok": True, "size": 5, "offset": 5, "mtime": 0}, {"ok": True, "sha256": sha(b"other")})
+    with fake_server(get=lie) as (port, headers):
+        done = client(port, "get", "x", "--retries", "0", cwd=work)
+    assert done.code == 1 and "SHA-256" in done.err
+    assert tree(work, hidden=True) == {"x": b"hello"}
+
+
 @cases("answer", {
     "hash of other content": {"ok": True, "name": "x", "size": 5, "sha256": sha(b"other"), "duplicate": False},
     "other size": {"ok": True, "name": "x", "size": 4, "sha256": sha(b"hello"), "duplicate": False},
@@ -3326,8 +3476,9 @@ def test_listing_with_an_evil_name_writes_nothing_elsewhere(work, tmp_path, name
         peer.send({"ok": True, "size": len(folder + listing)}, folder, listing)
 
     with fake_server(ls=ls, get=get) as (port, headers):
-        client(port, "get", "-r", "folder", "--retries", "0", "--timeout", "5", cwd=work)
-        client(port, "get", "*", "--retries", "0", "--timeout", "5", cwd=work)
+        for arguments in (["get", "-r", "folder"], ["get", "*"], ["ls"]):
+            done = client(port, *arguments, "--retries", "0", "--timeout", "5", cwd=work)
+            assert done.code == 1 and "left out" in done.err
     assert (work / "folder" / "good").read_bytes() == (work / "good").read_bytes() == b"bad"
     assert all("evil" not in found for found in tree(tmp_path, hidden=True))
     assert os.listdir(str(tmp_path)) == ["work"]
@@ -3532,6 +3683,16 @@ def test_windows_paths_work_unquoted(lone, work):
         assert lone.uploads() == {}
 
 
+@posix
+def test_line_with_a_nul_or_no_input_at_all_is_one_line(lone, work):
+    done = client(lone, cwd=work, given="lcd a\0b\n!echo a\0b\nput a\0b\nls\0\nls\nexit()\n")
+    assert done.code == 0 and len(done.err.strip().split("\n")) == 4
+    command = " ".join(map(shlex.quote, PYTHON + [CLIENT, "127.0.0.1", str(lone.port)]))
+    for closed in ("<&-", ">&-"):
+        done = run(["sh", "-c", command + " " + closed], work)
+        assert done.code == 2 and "name a command" in done.err
+
+
 def test_prompt_works_without_readline(lone, work):
     fill(work, {"x": b"x"})
     done = client(lone, cwd=work, given="put x\nls\n", patch="import sys; sys.modules['readline'] = None")
@@ -3672,6 +3833,32 @@ def test_tab_completes_commands_local_names_and_remote_names(lone, work):
         term.type("exit()\r")
         assert term.end() == 0
     assert set(lone.uploads()) == {"localfile.txt", "inner.txt"}
+
+
+@pytest.mark.parametrize("line, found", [
+    ("put it", ["\"it's.txt\" "]), ("put q", ["'q\"t.txt' "]), ("put a", ["\"a b.txt\" "]),
+    ("put \"a b", ["b.txt\" "]), ("put ~/s", ["~/sub/"]), ("put ~/sub/", ["~/sub/x "]),
+])
+def test_completed_names_can_be_used(work, monkeypatch, line, found):
+    fill(work, {"it's.txt": b"", "q\"t.txt": b"", "a b.txt": b"", "sub/x": b""})
+    monkeypatch.chdir(str(work))
+    monkeypatch.setenv("HOME", str(work))
+    monkeypatch.setenv("USERPROFILE", str(work))
+    text = line.rsplit(" ", 1)[1]
+    assert ftp_client.Completer(None, None).candidates(text, line) == found
+    for name in found:
+        words = ftp_client.split_words(line[:len(line) - len(text)] + name)
+        assert name.endswith("/") or os.path.exists(os.path.expanduser(words[1]))
+
+
+@pytest.mark.parametrize("label", ["e\u0301" * 60, "成绩" * 60, "x" * 4000, "a\u0301"], ids=["NFD", "wide", "long", "short"])
+@pytest.mark.parametrize("columns", [1, 5, 20, 79])
+def test_progress_bar_keeps_its_numbers_whatever_the_name(label, columns):
+    bar = ftp_client.Bar(1, 100, False)
+    bar.done = 50
+    text = bar.text(label, columns)
+    assert width(text) <= columns
+    assert " 50% 50 B"[:columns].rstrip() in text
 
 
 @terminal
