@@ -132,20 +132,19 @@ def from_disk(name):
     return (name.encode("utf-8") if UNICODE_DISK else os.fsencode(name)).decode("utf-8")
 
 
-def numbered(name):
-    """Yield name-2.ext, name-3.ext and so on for name.ext, none longer than a part may be."""
+def numbered(name, number):
+    """name-2.ext for name.ext and 2, and so on, no longer than a part may be."""
     stem, extension = os.path.splitext(name)
     if len(extension.encode("utf-8")) > NAME_LIMIT // 2:
         stem, extension = name, ""
-    for number in itertools.count(2):
-        end = "-%d%s" % (number, extension)
-        yield stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
+    end = "-%d%s" % (number, extension)
+    return stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
 
 
 def is_numbered(name, original):
     """Tell whether a name is one that numbered() makes of original."""
-    stem, extension = os.path.splitext(original)
-    return name.startswith(stem + "-") and re.fullmatch("-[0-9]+" + re.escape(extension), name[len(stem):]) is not None
+    match = re.search(r"-([0-9]{1,9})(\.[^.]*)?$", name)
+    return match is not None and int(match.group(1)) > 1 and name == numbered(original, int(match.group(1)))
 
 
 # ==== Messages: one JSON object a line (no I/O) ==========================================================
@@ -551,10 +550,12 @@ class Target:
     def candidates(self):
         """Yield the path, then the numbered ones, those first that are taken: there may be gaps between them."""
         yield self.path
-        name = os.path.basename(self.path)
-        taken = [found for found in sorted(os.listdir(self.folder or ".")) if is_numbered(found, name)]
-        for part in itertools.chain(taken, map(to_disk, numbered(from_disk(name)))):
-            yield os.path.join(self.folder, part)
+        name = from_disk(os.path.basename(self.path))
+        for found in sorted(os.listdir(self.folder or ".")):
+            if is_numbered(os.fsencode(found).decode("utf-8", "replace"), name):
+                yield os.path.join(self.folder, found)
+        for number in itertools.count(2):
+            yield os.path.join(self.folder, to_disk(numbered(name, number)))
 
     def link(self, path):
         """Move the partial to path, which never replaces what is there: then the value is False."""

@@ -78,7 +78,10 @@ STOP_TIME = 1              # seconds that sessions have to end when the server s
 TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
-WORKERS = 256              # threads beside the event loop, at most
+BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
+COMPUTES = "computes"      # another: it keeps a processor busy, so only a few of this kind run at a time
+WORKERS = {BLOCKS: 256, COMPUTES: os.cpu_count() or 1}  # threads beside the event loop, at most
+REQUESTS = 64              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
 SWEEP_EVERY = 3600         # seconds between two looks for such
@@ -177,20 +180,19 @@ def from_disk(name):
     return (name.encode("utf-8") if UNICODE_DISK else os.fsencode(name)).decode("utf-8")
 
 
-def numbered(name):
-    """Yield name-2.ext, name-3.ext and so on for name.ext, none longer than a part may be."""
+def numbered(name, number):
+    """name-2.ext for name.ext and 2, and so on, no longer than a part may be."""
     stem, extension = os.path.splitext(name)
     if len(extension.encode("utf-8")) > NAME_LIMIT // 2:
         stem, extension = name, ""
-    for number in itertools.count(2):
-        end = "-%d%s" % (number, extension)
-        yield stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
+    end = "-%d%s" % (number, extension)
+    return stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
 
 
 def is_numbered(name, original):
     """Tell whether a name is one that numbered() makes of original."""
-    stem, extension = os.path.splitext(original)
-    return name.startswith(stem + "-") and re.fullmatch("-[0-9]+" + re.escape(extension), name[len(stem):]) is not None
+    match = re.search(r"-([0-9]{1,9})(\.[^.]*)?$", name)
+    return match is not None and int(match.group(1)) > 1 and name == numbered(original, int(match.group(1)))
 
 
 class Folder:
@@ -322,7 +324,8 @@ class Download:
     def changed(self):
         """Tell whether somebody wrote to the file since it was opened.
 
-        Writing changes ctime; so does losing a name to a newer file, which leaves the content as it was."""
+        Writing changes ctime; so does losing a name to a newer file, which leaves the content as it was. What
+        else changes it, as a new owner does, counts as writing: nobody could tell."""
         now = os.fstat(self.file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             return True
@@ -336,6 +339,7 @@ class Download:
 
 def hash_into(digest, file, length):
     """Generator: hash length bytes from the start of a raw file. Raises Refusal where it is shorter."""
+    yield COMPUTES
     file.seek(0)
     view = memoryview(bytearray(min(length, CHUNK)))
     for offset in range(0, length, CHUNK):
@@ -344,19 +348,19 @@ def hash_into(digest, file, length):
             raise Refusal("changed", "the file shrank while it was read")
         digest.update(view[:count])
         if offset % HASH_SLICE == 0:
-            yield
+            yield COMPUTES
 
 
 def same_content(one, other):
     """Generator: compare two raw files, just opened; the value is True where they are the same."""
     for slices in itertools.count():
+        if slices % (HASH_SLICE // CHUNK) == 0:
+            yield COMPUTES
         data = one.read(CHUNK)
         if data != other.read(CHUNK):
             return False
         if not data:
             return True
-        if slices % (HASH_SLICE // CHUNK) == 0:
-            yield
 
 
 class Claims:
@@ -378,7 +382,7 @@ class Claims:
             while not released.wait(0.01):          # yields in between: who has it may need a worker to let go
                 if time.monotonic() > give_up:
                     raise Refusal("busy", "an older session is still storing this file: try again in a moment")
-                yield
+                yield BLOCKS
 
     def release(self, ident):
         with self.lock:
@@ -438,25 +442,24 @@ class Upload:
                 if isinstance(error, (BlockingIOError, PermissionError)):
                     raise Refusal("busy", "another server is storing this file") from None
                 raise
-            if info.st_nlink == 1:
+            if info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
                 return fd, info.st_size
-            os.close(fd)            # 0: removed by the one who had the lock; 2: published by one who was
-            if info.st_nlink > 1:   # killed before he took this name away: to write to it would be to change that
+            os.close(fd)            # 0: removed by the one who had the lock; 2: published by one who was killed
+            if info.st_nlink:       # before he took this name away, and to write to it would be to change that
                 self.folder.unlink(self.partial)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        try:
-            if self.file and self.partial and not (self.keep and self.length):
-                self.discard()
-        finally:
+        with contextlib.ExitStack() as stack:       # all of it, even if one fails
+            if self.ident:
+                stack.callback(self.storage.claims.release, self.ident)
             for opened in (self.file, self.folder, self.target):
                 if opened:
-                    opened.close()  # the lock goes with the file
-            if self.ident:
-                self.storage.claims.release(self.ident)
+                    stack.callback(opened.close)    # the lock goes with the file
+            if self.file and self.partial and not (self.keep and self.length):
+                self.discard()
 
     def discard(self):
         partial, self.partial = self.partial, None
@@ -529,17 +532,19 @@ class Upload:
         yield name
         taken = {found for found in self.target.names() if is_numbered(found, name)}    # there may be gaps between them
         yield from sorted(taken)
-        yield from (free for free in numbered(name) if free not in taken)
+        yield from (free for free in (numbered(name, number) for number in itertools.count(2)) if free not in taken)
 
     def rename(self, name):
         """Move the partial to its final name; False where that is taken."""
         source, target = self.folder.at(self.partial), self.target.at(name)
         where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": self.target.fd}
+        if os.name != "nt" and not os.path.samestat(self.folder.stat(self.partial), os.fstat(self.file.fileno())):
+            raise Refusal("server-error", "the partial file was tampered with")
         if self.storage.overwrite:
             self.check_replaceable()
             os.replace(source, target, **where)
             self.partial = None
-            return self.is_at(name)
+            return True
         try:                                        # a link never replaces what is there
             os.link(source, target, follow_symlinks=os.link not in os.supports_follow_symlinks, **where)
         except FileExistsError:
@@ -552,24 +557,20 @@ class Upload:
                     return False
                 os.rename(source, target, **where)
             self.partial = None
-        else:
-            self.discard()
-        return self.is_at(name)
-
-    def is_at(self, name):
-        """True; raises Refusal where somebody has put something else in the place of the partial."""
-        if os.name != "nt" and not os.path.samestat(self.target.stat(name), os.fstat(self.file.fileno())):
-            self.target.unlink(name)
-            raise Refusal("server-error", "the partial file was tampered with")
+            return True
+        self.discard()
         return True
 
     def same(self, name):
         """Generator: compare the partial with a file beside it; the value is True for the same content."""
-        info = self.target.stat(name)
-        if not stat.S_ISREG(info.st_mode) or info.st_size != self.length:
+        try:
+            info = self.target.stat(name)
+            if not stat.S_ISREG(info.st_mode) or info.st_size != self.length:
+                return False
+            other = io.FileIO(self.target.open(name, os.O_RDONLY), "rb")
+        except (FileNotFoundError, PermissionError):            # gone meanwhile, or not for us
             return False
-        with io.FileIO(self.target.open(name, os.O_RDONLY), "rb") as other, \
-                io.FileIO(self.folder.open(self.partial, os.O_RDONLY), "rb") as mine:
+        with other, io.FileIO(self.folder.open(self.partial, os.O_RDONLY), "rb") as mine:
             return (yield from same_content(mine, other))
 
 
@@ -625,7 +626,7 @@ class Storage:
             with folder:
                 for count, name in enumerate(folder.names()):
                     if count % 1000 == 0:
-                        yield
+                        yield BLOCKS
                     with contextlib.suppress(FileNotFoundError):        # removed meanwhile
                         info = folder.stat(name)
                         is_folder = stat.S_ISDIR(info.st_mode)
@@ -782,19 +783,22 @@ def ready(sock, event, timeout):
 
 
 @types.coroutine
-def may_block():
-    """Say that what comes next may keep its thread: file work. It may, until the next ready().
+def announce(kind):
+    """Say what kind of work comes next, BLOCKS or COMPUTES: it may keep its thread until the next ready().
 
-    A thread of its own just goes on; the event loop hands the session to a worker thread meanwhile."""
-    yield None
+    The event loop hands the session to a worker thread meanwhile. A thread of its own just goes on, for COMPUTES
+    when it is its turn."""
+    yield kind
 
 
 async def in_slices(work):
-    """Run a generator of file work to its end and return its value; at each yield others may go first."""
+    """Run a generator of file work to its end and return its value; at each yield, of the kind that comes next,
+    others may go first."""
+    kind = BLOCKS
     while True:
-        await may_block()
+        await announce(kind)
         try:
-            next(work)
+            kind = next(work)
         except StopIteration as end:
             return end.value
 
@@ -845,11 +849,11 @@ class Wire:
                 left, before = unsent(self.sock), left
                 if event == WRITE and self.deadline == math.inf and (before is None or left < before):
                     continue        # slow but steady: a socket is writable again only when much of its queue is gone
-                await may_block()   # what this ends closes and removes files
+                await announce(BLOCKS)   # what this ends closes and removes files
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
                                else "a header took longer than %g seconds" % HEADER_TIME) from None
             except OSError as error:
-                await may_block()
+                await announce(BLOCKS)
                 raise Gone(error.strerror) from None
 
     async def receive(self, operation, argument):
@@ -858,7 +862,7 @@ class Wire:
             await self.flush()
         got = await self.attempt(READ, operation, argument)
         if not got:
-            await may_block()
+            await announce(BLOCKS)
             raise Gone("the client closed the connection")
         return got
 
@@ -977,9 +981,11 @@ class Session:
     async def run(self):
         """Serve the client until one of the two has enough."""
         LOG.info("%s connected", self.peer)
+        requests = itertools.count(1)
         try:
             while await self.do_request():
-                pass
+                if next(requests) % REQUESTS == 0:      # many may be here already: they wait for others meanwhile
+                    await self.wire.flush()
             await self.wire.linger()
         except (Gone, Refusal) as why:
             LOG.info("%s left: %s", self.peer, why)
@@ -1085,14 +1091,14 @@ class Session:
 
     async def do_get(self, ask):
         name, offset, sha256, verify = fields(ask, "name", "offset", "sha256", "verify")
-        await may_block()
+        await announce(BLOCKS)
         with self.storage.open_download(name) as download, self.logged(download):
             offset = await self.common_prefix(download, offset, sha256)
             await self.reply(size=download.size, offset=offset, mtime=download.mtime)
             self.answering = True
             whole = await self.send_content(download, offset, download.size, verify)
             self.answering = False
-            await may_block()
+            await announce(BLOCKS)
             if download.changed():
                 raise Refusal("changed", "the file changed while it was sent")
             if whole:
@@ -1130,10 +1136,9 @@ class Session:
     async def send_read(self, download, offset, stop, digest):
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
         view = memoryview(bytearray(min(CHUNK, stop - offset)))
-        await may_block()
         download.file.seek(offset)
         while offset < stop:
-            await may_block()
+            await announce(COMPUTES)
             count = download.file.readinto(view[:stop - offset])
             offset = download.advance(offset, count)
             if digest:
@@ -1142,7 +1147,7 @@ class Session:
 
     async def do_mkdir(self, ask):
         name, = fields(ask, "name")
-        await may_block()
+        await announce(BLOCKS)
         self.storage.make_folder(name)
         LOG.info("%s mkdir %s ok", self.peer, name)
         await self.reply(name=name)
@@ -1181,7 +1186,7 @@ class Session:
             last = await self.read_header()
             self.payload = None
             sha256, = fields(last, "sha256")
-            await may_block()
+            await announce(BLOCKS)
             digest = upload.check(sha256)
             stored, duplicate = await in_slices(upload.publish(mtime))
         await self.reply(name=stored, size=size, sha256=digest, duplicate=duplicate)
@@ -1209,7 +1214,7 @@ class Session:
     async def receive(self, upload):
         """Move the payload from the wire into the upload."""
         if self.payload <= len(self.wire.ahead):        # a small file that is all here
-            await may_block()
+            await announce(BLOCKS)
             upload.write(self.wire.take(self.payload))
             self.payload = 0
             return
@@ -1221,7 +1226,7 @@ class Session:
                 filled += count
                 if filled == len(view) or not self.payload or not count:
                     piece, filled = view[:filled], 0
-                    await may_block()
+                    await announce(COMPUTES)
                     upload.write(piece)
         finally:
             if filled:              # what came before a connection broke needn't come again
@@ -1257,7 +1262,7 @@ class Session:
             self.wire.deadline = min(give_up, time.monotonic() + QUIET_TIME) if request else give_up
             try:
                 await self.wire.fill()
-            except TimedOut:
+            except (TimedOut, Gone):            # Gone: the client has said all that it wants to say
                 if not request or time.monotonic() > give_up:
                     raise
                 self.wire.deadline = math.inf
@@ -1272,7 +1277,7 @@ class Session:
             await in_slices(upload.publish())
 
     async def classic_get(self, name, size):
-        await may_block()
+        await announce(BLOCKS)
         try:
             download = self.storage.open_download(name)
         except (Refusal, OSError) as error:
@@ -1283,7 +1288,7 @@ class Session:
             await self.expect(b"second_active")
             last = max(0, download.size - 1)        # the last byte is held back until it is sure that all fit together
             await self.send_content(download, 0, last, verify=False)
-            await may_block()
+            await announce(BLOCKS)
             download.file.seek(last)
             end = download.file.read(download.size - last)
             if len(end) < download.size - last or download.changed():
@@ -1375,14 +1380,14 @@ def turn_away(sock):
         sock.shutdown(socket.SHUT_WR)
 
 
-def tune_listener(sock, host_is_any):
-    """Set what both backends want of their listening socket, before it is bound."""
-    if os.name == "nt":
+def tune_listener(sock, host):
+    """Set what both backends want of the sockets that they bind, before that."""
+    if sock.type == socket.SOCK_STREAM and os.name == "nt":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)   # SO_REUSEADDR would share the port
-    else:
+    elif sock.type == socket.SOCK_STREAM:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if host_is_any and sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)         # "::" is everybody, IPv4 too
+    if host == "::":
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)         # everybody, IPv4 too
 
 
 # ==== Discovery: where is a server? One datagram, one answer ===============================================
@@ -1434,8 +1439,13 @@ class FtpHandler(socketserver.BaseRequestHandler):
         steps = session.run()
         try:
             wait = steps.send(None)
-            while wait or not service.stopping:             # None: what comes may block, as a thread may
-                if wait is None or wait_for(*wait):
+            while wait not in WORKERS or not service.stopping:
+                if wait == BLOCKS:                          # as a thread may
+                    wait = steps.send(None)
+                elif wait == COMPUTES:
+                    with self.server.computing:
+                        wait = steps.send(None)
+                elif wait_for(*wait):
                     wait = steps.send(None)
                 else:
                     wait = steps.throw(socket.timeout())
@@ -1444,8 +1454,10 @@ class FtpHandler(socketserver.BaseRequestHandler):
         except Exception:
             LOG.exception("%s bug", session.peer)
         finally:
-            steps.close()
-            service.farewell(session)
+            try:
+                steps.close()
+            finally:
+                service.farewell(session)
 
 
 class Stopped(Exception):
@@ -1455,6 +1467,10 @@ class Stopped(Exception):
 class Stoppable:
     """What both servers of this mode add to the link loop: it ends when the service stops."""
     daemon_threads = True
+
+    def server_bind(self):
+        tune_listener(self.socket, self.server_address[0])
+        super().server_bind()
 
     def service_actions(self):
         if self.service.stopping:
@@ -1484,11 +1500,11 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def __init__(self, service, family, address):
         self.service, self.address_family, self.discovery = service, family, None
+        self.computing = threading.Semaphore(WORKERS[COMPUTES])
         threading.stack_size(256 << 10)
         super().__init__(address, FtpHandler)
 
     def server_bind(self):
-        tune_listener(self.socket, self.server_address[0] == "::")
         super().server_bind()
         self.socket.setblocking(False)                      # a client may be gone before accept() gets to it
 
@@ -1593,7 +1609,7 @@ class Task:
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
-        self.away = False           # a worker has it
+        self.away = None            # kind of the worker that has it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
 
@@ -1615,7 +1631,7 @@ class SelectFtpServer:
         self.service = service
         self.dic = {}               # connection: its Task, and of no other
         self.sel = selectors.DefaultSelector()
-        self.workers = Workers(WORKERS)
+        self.workers = {kind: Workers(limit) for kind, limit in WORKERS.items()}
         self.back = collections.deque()             # (Task, its next wait) from the workers
         self.alarms, self.tickets = [], itertools.count()
         self.create_socket(family, address)
@@ -1646,8 +1662,7 @@ class SelectFtpServer:
         """Bind a socket and wait for what arrives at it."""
         sock = socket.socket(family, kind)
         try:
-            if kind == socket.SOCK_STREAM:
-                tune_listener(sock, address[0] == "::")
+            tune_listener(sock, address[0])
             sock.bind(address)
         except OSError:
             sock.close()
@@ -1700,13 +1715,12 @@ class SelectFtpServer:
             self.close(task)
 
     def note_wait(self, task, wait):
-        """Note what a session waits for: a worker (None), a socket, or nothing any more."""
+        """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
         task.deadline = math.inf
-        if wait == "done" or wait is None and self.service.stopping:
+        if wait == "done" or wait in WORKERS and self.service.stopping:
             self.close(task)
-        elif wait is None:
-            task.away = True
-            self.workers.submit(self.work, task)
+        elif wait in WORKERS:
+            self.send_away(task, wait)
         else:
             sock, event, timeout = wait
             if not task.event:
@@ -1717,13 +1731,18 @@ class SelectFtpServer:
             task.deadline = time.monotonic() + timeout
             self.set_alarm(task)
 
+    def send_away(self, task, kind):
+        task.away = kind
+        self.workers[kind].submit(self.work, task)
+
     def work(self, task):
-        """In a worker: run a session that may block, until it waits for its socket."""
+        """In a worker: run a session until it waits for its socket or for a worker of the other kind."""
+        kind = task.away
         wait = task.advance()
-        while wait is None and not self.workers.waiting and not self.service.stopping:
+        while wait == kind and not self.workers[kind].waiting and not self.service.stopping:
             wait = task.advance()
-        if wait is None and not self.service.stopping:      # others want a worker too: to the end of the queue
-            return self.workers.submit(self.work, task)
+        if wait in WORKERS and not self.service.stopping:       # others want this worker too: to the end of the queue
+            return self.send_away(task, wait)
         self.back.append((task, wait))
         with contextlib.suppress(BlockingIOError):          # full: the loop will wake anyway
             self.button.send(b"!")
@@ -1733,7 +1752,7 @@ class SelectFtpServer:
         sock.recv(CHUNK)
         while self.back:
             task, wait = self.back.popleft()
-            task.away = False
+            task.away = None
             self.wait(task, wait)
 
     def set_alarm(self, task):
@@ -1762,6 +1781,10 @@ class SelectFtpServer:
             task.sock.close()
             self.service.farewell(task.session)
         task.steps.close()
+        task.steps = task.session = None    # an alarm may keep the task, but not all that it holds
+        if len(self.alarms) > 2 * len(self.dic) + 1000:
+            self.alarms = [alarm for alarm in self.alarms if alarm[-1].session]
+            heapq.heapify(self.alarms)
 
     def stop(self):
         """End all sessions; False where some didn't end in time."""
