@@ -63,7 +63,7 @@ PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
-RECEIVE = 1 << 20          # bytes of an upload that are collected before they are written
+RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 SLICE = 1 << 18            # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
@@ -452,14 +452,17 @@ class Upload:
         return self
 
     def __exit__(self, *exc_info):
-        with contextlib.ExitStack() as stack:       # all of it, even if one fails
-            if self.ident:
-                stack.callback(self.storage.claims.release, self.ident)
-            for opened in (self.file, self.folder, self.target):
-                if opened:
-                    stack.callback(opened.close)    # the lock goes with the file
+        try:
             if self.file and self.partial and not (self.keep and self.length):
                 self.discard()
+        finally:
+            try:
+                for opened in (self.file, self.folder, self.target):
+                    if opened:
+                        opened.close()      # the lock goes with the file
+            finally:
+                if self.ident:
+                    self.storage.claims.release(self.ident)
 
     def discard(self):
         partial, self.partial = self.partial, None
@@ -1736,16 +1739,21 @@ class SelectFtpServer:
         self.workers[kind].submit(self.work, task)
 
     def work(self, task):
-        """In a worker: run a session until it waits for its socket or for a worker of the other kind."""
+        """In a worker: run a session until it really has to wait, or until others want a worker of this kind."""
         kind = task.away
         wait = task.advance()
-        while wait == kind and not self.workers[kind].waiting and not self.service.stopping:
+        while not self.workers[kind].waiting and not self.service.stopping and self.goes_on(kind, wait):
             wait = task.advance()
         if wait in WORKERS and not self.service.stopping:       # others want this worker too: to the end of the queue
             return self.send_away(task, wait)
         self.back.append((task, wait))
         with contextlib.suppress(BlockingIOError):          # full: the loop will wake anyway
             self.button.send(b"!")
+
+    @staticmethod
+    def goes_on(kind, wait):
+        """Tell whether a worker may go on at once: there is more of the same to do, or a stream that never pauses."""
+        return wait == kind or kind == COMPUTES and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
     def take_back(self, sock, mask):
         """Callback of the bell: sessions come back from the workers."""
