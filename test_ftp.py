@@ -1126,6 +1126,8 @@ def test_file_without_permission_is_denied(mode, tmp_path):
         assert peer.put("new/x", b"payload")["code"] == "denied"
         os.chmod(server.upload, 0o755)
         assert peer.put("new/x", b"payload")["ok"]
+        os.chmod(os.path.join(server.upload, "new", "x"), 0)
+        assert peer.put("new/x", b"another")["name"] == "new/x-2"  # the same size: only a look could tell
 
 
 def test_refused_payload_is_read_past_and_the_connection_kept(peer):
@@ -1199,6 +1201,10 @@ def test_name_without_an_extension_and_the_longest_name_can_be_numbered(server, 
     stored = peer.put(name, b"two")["name"]
     assert stored != name and stored.endswith("-2.txt") and len(stored[len(folder) + 1:].encode("utf-8")) <= 255
     assert server.stored(stored) == b"two"
+    third = peer.put(name, b"three")["name"]
+    os.unlink(os.path.join(server.upload, *stored.split("/")))
+    again = peer.put(name, b"three")  # found behind the gap, so it is not stored twice
+    assert again["duplicate"] and again["name"] == third
 
 
 def test_overwrite_replaces_atomically(mode, tmp_path):
@@ -1218,6 +1224,18 @@ def test_overwrite_replaces_atomically(mode, tmp_path):
 
         at_once(watch, replace)
         assert seen <= {sha(old), sha(new)}
+        assert set(server.uploads()) == {"x"}
+
+
+def test_what_is_overwritten_at_once_by_many_is_whole_and_never_gone(mode, tmp_path):
+    contents = [content(2000, seed) for seed in range(4)]
+    with serve(mode, tmp_path, "--overwrite") as server, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(server.peer()) for _ in contents]
+
+        def put(peer, data):
+            return all(peer.put("x", data)["ok"] and server.stored("x") in contents for _ in range(100))
+
+        assert all(at_once(*[functools.partial(put, *pair) for pair in zip(peers, contents)]))
         assert set(server.uploads()) == {"x"}
 
 
@@ -1546,6 +1564,15 @@ def test_partial_folder_that_is_a_link_is_not_followed(mode, tmp_path):
 
 
 @posix
+def test_partial_that_is_no_file_is_not_written_to(server, peer):
+    identity, name = upload_id(), unique()
+    assert peer.put(unique(), b"x")["ok"]  # makes the folder
+    os.mkfifo(os.path.join(server.upload, ".partial", identity))
+    assert peer.put(name, b"content", id=identity)["ok"]
+    assert server.stored(name) == b"content"
+
+
+@posix
 @in_all_modes_at_once
 def test_folder_swapped_for_a_link_meanwhile_leads_nowhere(mode, folder):
     outside = os.path.dirname(fill(folder / "outside", {"secret": b"secret"}))
@@ -1815,15 +1842,54 @@ def test_slow_disk_of_some_makes_nobody_else_wait(mode, folder, operations, coun
 
 
 @in_all_modes_at_once
-def test_hash_of_a_huge_prefix_makes_nobody_else_wait(mode, folder):
-    with serve(mode, folder) as server, server.peer() as peer:
+def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
+    with serve(mode, folder) as server, contextlib.ExitStack() as stack:
         sparse(os.path.join(server.download, "huge"), 16 * GIB)
-        peer.send({"cmd": "get", "name": "huge", "offset": 16 * GIB, "sha256": sha(b"")})
+        for _ in range(80):
+            peer = stack.enter_context(server.peer())
+            peer.send({"cmd": "get", "name": "huge", "offset": 16 * GIB, "sha256": sha(b"")})
         list_for(server, 1.2)
         peer.sock.settimeout(0.01)
         with pytest.raises(socket.timeout):
             peer.sock.recv(1)  # it is at it still: this was not a quick hash
         # ... and the server stops within two seconds all the same
+
+
+@in_all_modes_at_once
+def test_clients_that_send_requests_without_end_make_nobody_else_wait(mode, folder):
+    requests, done = b"{}\n" * 20000, threading.Event()
+
+    def flood():
+        with server.peer() as peer, contextlib.suppress(ConnectionError):
+            peer.sock.settimeout(0.01)
+            while not done.is_set():
+                for move in (lambda: peer.sock.send(requests), lambda: peer.sock.recv(MIB)):
+                    with contextlib.suppress(socket.timeout):
+                        move()
+
+    def look():
+        try:
+            list_for(server, 1)
+        finally:
+            done.set()
+
+    with serve(mode, folder, "-q") as server:
+        at_once(look, *[flood] * 8)
+
+
+@linux
+def test_clients_that_are_gone_take_no_memory(mode, tmp_path):
+    with serve(mode, tmp_path) as server:
+        def come_and_go(count):
+            for _ in range(count):
+                with server.peer() as peer:
+                    peer.send(b'{"cmd":"' + bytes(60000))
+            assert server.alive()
+
+        come_and_go(50)
+        before = server.peak_memory()
+        come_and_go(300)
+        assert server.peak_memory() - before < 6 * MIB
 
 
 @linux
@@ -2107,6 +2173,12 @@ def test_classic_get_of_nothing_says_so_and_goes_on(server, peer):
     assert classic_get(peer, name) is None
     server.serves(name, b"content")
     assert classic_get(peer, name) == b"content"
+
+
+def test_classic_request_may_be_the_last_that_its_client_says(server, peer):
+    peer.send("get|nothing|0")
+    peer.sock.shutdown(socket.SHUT_WR)
+    assert peer.rest() == b"NO|0"
 
 
 @pytest.mark.parametrize("size", CLASSIC_SIZES)
@@ -3476,7 +3548,7 @@ def test_listing_with_an_evil_name_writes_nothing_elsewhere(work, tmp_path, name
         peer.send({"ok": True, "size": len(folder + listing)}, folder, listing)
 
     with fake_server(ls=ls, get=get) as (port, headers):
-        for arguments in (["get", "-r", "folder"], ["get", "*"], ["ls"]):
+        for arguments in (["get", "-r", "folder"], ["get", "*"]):
             done = client(port, *arguments, "--retries", "0", "--timeout", "5", cwd=work)
             assert done.code == 1 and "left out" in done.err
     assert (work / "folder" / "good").read_bytes() == (work / "good").read_bytes() == b"bad"
