@@ -79,8 +79,8 @@ TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
-COMPUTES = "computes"      # another: it keeps a processor busy, so only a few of this kind run at a time
-WORKERS = {BLOCKS: 256, COMPUTES: os.cpu_count() or 1}  # threads beside the event loop, at most
+COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
+WORKERS = {BLOCKS: 256, COMPUTES: os.cpu_count() or 1}  # threads for it beside the event loop, at most
 REQUESTS = 32              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
@@ -90,6 +90,7 @@ SETTLED = 2                # seconds a file must have been left alone for that: 
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+QUEUE = getattr(queue, "SimpleQueue", queue.Queue)     # Python 3.6 has the slow one only
 
 LOG = logging.getLogger("ftp_server")
 
@@ -832,8 +833,8 @@ class Wire:
         self.ahead = bytearray()
         self.owed = bytearray()
 
-    async def attempt(self, event, operation, *args):
-        """Wait until the socket is ready, then do the non-blocking operation.
+    async def attempt(self, event, operation, *args, kind=None):
+        """Wait until the socket is ready, then do the non-blocking operation; kind: what else it does.
 
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
@@ -845,6 +846,8 @@ class Wire:
                 if patience <= 0:
                     raise socket.timeout
                 await ready(self.sock, event, patience)
+                if kind:
+                    await announce(kind)
                 return operation(*args)
             except (BlockingIOError, InterruptedError):
                 pass
@@ -932,7 +935,7 @@ class Wire:
         """Send at most count bytes of a raw file from offset on by sendfile(2); how many, 0 behind its end."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count)
+        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=COMPUTES)
 
     def sendfile(self, fd, offset, count):
         """sendfile(2); None where the file's system can't do that."""
@@ -1433,6 +1436,21 @@ else:
         return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
 
 
+class Turns:
+    """A semaphore: at most so many threads are in its `with` block, the others wait. (threading's own is slower.)"""
+
+    def __init__(self, count):
+        self.free = QUEUE()
+        for _ in range(count):
+            self.free.put(None)
+
+    def __enter__(self):
+        self.free.get()
+
+    def __exit__(self, *exc_info):
+        self.free.put(None)
+
+
 class FtpHandler(socketserver.BaseRequestHandler):
     """The communication loop: drives one session in the thread that socketserver made for it."""
 
@@ -1503,7 +1521,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def __init__(self, service, family, address):
         self.service, self.address_family, self.discovery = service, family, None
-        self.computing = threading.Semaphore(WORKERS[COMPUTES])
+        self.computing = Turns(WORKERS[COMPUTES])
         threading.stack_size(256 << 10)
         super().__init__(address, FtpHandler)
 
@@ -1565,7 +1583,7 @@ class Workers:
         self.idle = 0               # threads that wait for a job which nobody has given them yet
         self.waiting = 0            # jobs that no thread has been found for yet
         self.lock = threading.Lock()
-        self.jobs = getattr(queue, "SimpleQueue", queue.Queue)()      # Python 3.6 has the slow one only
+        self.jobs = QUEUE()
 
     def submit(self, function, argument):
         self.jobs.put((function, argument))

@@ -1841,6 +1841,24 @@ def test_slow_disk_of_some_makes_nobody_else_wait(mode, folder, operations, coun
         assert all(peer.line()["ok"] for peer in slow)
 
 
+@posix
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+@in_all_modes_at_once
+def test_slow_disk_that_some_are_served_from_makes_nobody_else_wait(mode, folder, verify):
+    faults, data = Faults(folder), content(MIB)
+    with serve(mode, folder, faults=faults) as server, contextlib.ExitStack() as stack:
+        server.serves("x", data)
+        faults.arm("hold", ["read", "sendfile"], last=99)
+        slow = [stack.enter_context(server.peer()) for _ in range(5)]
+        for peer in slow:
+            peer.send({"cmd": "get", "name": "x", "verify": verify})
+        wait_for(faults.struck)
+        list_for(server, 0.1)
+        faults.disarm()
+        for peer in slow:
+            assert peer.line()["size"] == len(data) and peer.read(len(data)) == data and peer.line()["ok"]
+
+
 @in_all_modes_at_once
 def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
     with serve(mode, folder) as server, contextlib.ExitStack() as stack:
