@@ -80,7 +80,7 @@ DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
-WORKERS = {BLOCKS: 256, COMPUTES: os.cpu_count() or 1}  # threads for it beside the event loop, at most
+WORKERS = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # threads for it beside the event loop, at most
 REQUESTS = 32              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
@@ -855,7 +855,7 @@ class Wire:
                 left, before = unsent(self.sock), left
                 if event == WRITE and self.deadline == math.inf and (before is None or left < before):
                     continue        # slow but steady: a socket is writable again only when much of its queue is gone
-                await announce(BLOCKS)   # what this ends closes and removes files
+                await announce(BLOCKS)      # what this ends closes and removes files
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
                                else "a header took longer than %g seconds" % HEADER_TIME) from None
             except OSError as error:

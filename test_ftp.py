@@ -68,6 +68,7 @@ SERVER = os.path.join(HERE, "ftp_server.py")
 CLIENT = os.path.join(HERE, "ftp_client.py")
 PYTHON = [sys.executable, "-W", "error"]
 ENVIRONMENT = dict(os.environ, LC_ALL="C.UTF-8", PYTHONIOENCODING="utf-8")
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # launch() imports the scripts: compiled once, not for each process
 PATIENCE = 20  # seconds: nothing here takes so long unless it hangs
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CHUNKS = [64 * KIB, 256 * KIB, MIB]
@@ -410,9 +411,7 @@ assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 
 
 
 def launch(script, patch=""):
-    """Return the command that runs a script, with a patch to its process where there is one."""
-    if not patch:
-        return PYTHON + [script]
+    """Return the command that runs a script, with a patch to its process."""
     return PYTHON + ["-c", LAUNCH, HERE, os.path.basename(script)[:-3], patch]
 
 
