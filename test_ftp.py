@@ -69,6 +69,8 @@ CLIENT = os.path.join(HERE, "ftp_client.py")
 PYTHON = [sys.executable, "-W", "error"]
 ENVIRONMENT = dict(os.environ, LC_ALL="C.UTF-8", PYTHONIOENCODING="utf-8")
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # launch() imports the scripts: compiled once, not for each process
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job, whose children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 20  # seconds: nothing here takes so long unless it hangs
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CHUNKS = [64 * KIB, 256 * KIB, MIB]
