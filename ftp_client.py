@@ -551,11 +551,13 @@ class Target:
         """Yield the path, then the numbered ones, those first that are taken: there may be gaps between them."""
         yield self.path
         name = from_disk(os.path.basename(self.path))
-        for found in sorted(os.listdir(self.folder or ".")):
-            if is_numbered(os.fsencode(found).decode("utf-8", "replace"), name):
-                yield os.path.join(self.folder, found)
+        taken = {found for found in os.listdir(self.folder or ".")
+                 if is_numbered(os.fsencode(found).decode("utf-8", "replace"), name)}
+        for found in sorted(taken):
+            yield os.path.join(self.folder, found)
         for number in itertools.count(2):
-            yield os.path.join(self.folder, to_disk(numbered(name, number)))
+            if to_disk(numbered(name, number)) not in taken:
+                yield os.path.join(self.folder, to_disk(numbered(name, number)))
 
     def link(self, path):
         """Move the partial to path, which never replaces what is there: then the value is False."""

@@ -340,16 +340,15 @@ class Download:
 
 def hash_into(digest, file, length):
     """Generator: hash length bytes from the start of a raw file. Raises Refusal where it is shorter."""
-    yield COMPUTES
     file.seek(0)
     view = memoryview(bytearray(min(length, CHUNK)))
     for offset in range(0, length, CHUNK):
+        if offset % HASH_SLICE == 0:
+            yield COMPUTES
         count = file.readinto(view[:length - offset])
         if count < min(CHUNK, length - offset):
             raise Refusal("changed", "the file shrank while it was read")
         digest.update(view[:count])
-        if offset % HASH_SLICE == 0:
-            yield COMPUTES
 
 
 def same_content(one, other):
@@ -536,7 +535,9 @@ class Upload:
         yield name
         taken = {found for found in self.target.names() if is_numbered(found, name)}    # there may be gaps between them
         yield from sorted(taken)
-        yield from (free for free in (numbered(name, number) for number in itertools.count(2)) if free not in taken)
+        for number in itertools.count(2):
+            if numbered(name, number) not in taken:
+                yield numbered(name, number)
 
     def rename(self, name):
         """Move the partial to its final name; False where that is taken."""

@@ -662,14 +662,16 @@ def shut(sock):
         sock.close()
 
 
+HELLO = {"ok": True, "server": "ftp_server", "version": "1", "mode": "selectors", "protocol": 2, "max_size": None}
+
+
 @contextlib.contextmanager
 def fake_server(hello=None, **verbs):
     """Be a server that answers each command as scripted; yield its port and the headers that it read.
 
     A script is a dictionary (sent as a header line), bytes (sent, then the line is cut), or a function(peer, header).
     """
-    verbs["hello"] = hello or {"ok": True, "server": "ftp_server", "version": "1", "mode": "selectors", "protocol": 2,
-                               "max_size": None}
+    verbs["hello"] = hello or HELLO
     headers, peers = [], []
     listener = listen()
 
@@ -763,6 +765,12 @@ def test_both_scripts_hold_the_same_message_format():
     assert common
     for name in common:
         assert ours[name] == theirs[name], "%s differs" % name
+
+
+@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered is_numbered wait_for tune unsent printable "
+                         "say seconds port".split())
+def test_both_scripts_hold_the_same_helpers(name):
+    assert inspect.getsource(getattr(ftp_server, name)) == inspect.getsource(getattr(ftp_client, name))
 
 
 # ==== Session by hand: headers, byte by byte ========================================================================
@@ -2937,10 +2945,10 @@ def lone(lone_shared):
     return lone_shared
 
 
-def client(server, *arguments, cwd, given="", patch="", faults=None):
+def client(server, *arguments, cwd, given="", patch="", faults=None, environment=()):
     """Run the client against a server (or a port of 127.0.0.1) to its end."""
     host, port = ("127.0.0.1", server) if isinstance(server, int) else (server.host, server.port)
-    environment = faults.environment if faults else {}
+    environment = dict(environment, **faults.environment if faults else {})
     patch = FAULTS + patch if faults else patch
     return run(launch(CLIENT, patch) + [host, str(port)] + list(arguments), cwd, given, environment=environment)
 
@@ -3073,22 +3081,20 @@ def test_files_from_a_far_future_travel(server, work):
 def test_local_names_that_are_not_unicode_are_refused_and_unicode_ones_travel_in_any_locale(lone, work, python_locale):
     fill(lone.download, {"né.txt": b"remote"})
     environment = {"LC_ALL": python_locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    command = PYTHON + [CLIENT, "127.0.0.1", str(lone.port), "get", "né.txt"]
-    assert run(command, work, environment=environment).code == 0
+    assert client(lone, "get", "né.txt", cwd=work, environment=environment).code == 0
     assert tree(work) == {"né.txt": b"remote"}
-    done = run(command + ["-o", b"w\xff.txt"], work, environment=environment)
+    done = client(lone, "get", "né.txt", "-o", b"w\xff.txt", cwd=work, environment=environment)
     assert done.code == 1 and "not a Unicode name" in done.err
     with open(os.path.join(os.fsencode(str(work)), b"w\xff.txt"), "wb"):
-        done = run(PYTHON + [CLIENT, "127.0.0.1", str(lone.port), "put", b"w\xff.txt"], work, environment=environment)
+        done = client(lone, "put", b"w\xff.txt", cwd=work, environment=environment)
     assert done.code == 1 and "not a Unicode name" in done.err
     assert lone.uploads() == {}
 
 
 def test_home_folder_and_names_that_look_like_patterns_are_found(lone, work):
     fill(work, {"a[1].txt": b"1", "a2.txt": b"2"})
-    command = PYTHON + [CLIENT, "127.0.0.1", str(lone.port), "put", "~/a[1].txt", "~/a2*"]
     home = {"HOME": str(work), "USERPROFILE": str(work)}
-    assert run(command, os.path.dirname(str(work)), environment=home).code == 0
+    assert client(lone, "put", "~/a[1].txt", "~/a2*", cwd=os.path.dirname(str(work)), environment=home).code == 0
     assert lone.uploads() == {"a[1].txt": b"1", "a2.txt": b"2"}
 
 
@@ -3591,7 +3597,7 @@ def test_what_a_server_says_never_reaches_the_terminal_raw(work):
         for command in (["ls"], ["get", "x"], ["put", "x"]):
             done = client(port, *command, "--retries", "0", cwd=work)  # run() refuses control characters
             assert "evil" in done.out + done.err
-    hello = dict({"ok": True, "server": evil, "version": evil, "mode": evil, "protocol": 2, "max_size": None})
+    hello = dict(HELLO, server=evil, version=evil, mode=evil)
     with fake_server(hello=hello, ls={"ok": False, "code": "x", "error": evil}) as (port, headers):
         client(port, "ls", cwd=work)
         client(port, cwd=work, given="ls\n")
@@ -3612,15 +3618,13 @@ def test_server_of_another_kind_is_an_error(work, answers):
 
 def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
     fill(work, {"x": b"hello"})
-    hello, asked = {"ok": True, "server": "ftp_server", "version": "1", "mode": "selectors", "protocol": 2,
-                    "max_size": None}, []
-    patch = "import ftp_client; ftp_client.FIRST_PAUSE = 0.1"
+    patch, asked = "import ftp_client; ftp_client.FIRST_PAUSE = 0.1", []
 
     def late(peer, header):
         asked.append(peer)
         if len(asked) == 2:  # the first is broken off by put; this one is silent for longer than the client waits
             peer.line()
-        peer.send(hello)
+        peer.send(HELLO)
 
     def put(peer, header):
         if len(asked) == 1:
