@@ -80,7 +80,8 @@ DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
-WORKERS = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # threads for it beside the event loop, at most
+AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # of the sessions that want to, as many may
+STUCK = 0.2                # seconds after which one that stands still is not counted among them
 REQUESTS = 32              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
@@ -1144,8 +1145,9 @@ class Session:
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
         view = memoryview(bytearray(min(CHUNK, stop - offset)))
         download.file.seek(offset)
+        kind = COMPUTES if stop - offset > CHUNK else BLOCKS    # a small one is done before its turn would come
         while offset < stop:
-            await announce(COMPUTES)
+            await announce(kind)
             count = download.file.readinto(view[:stop - offset])
             offset = download.advance(offset, count)
             if digest:
@@ -1438,18 +1440,47 @@ else:
 
 
 class Turns:
-    """A semaphore: at most so many threads are in its `with` block, the others wait. (threading's own is slower.)"""
+    """Lets only so many do some kind of work at a time; the others wait in line. Whoever stands still, as for a disk
+    that hangs, is counted among them for STUCK seconds only: then another one may go instead."""
 
     def __init__(self, count):
-        self.free = QUEUE()
-        for _ in range(count):
-            self.free.put(None)
+        self.lock, self.free, self.line = threading.Lock(), count, collections.deque()
+        self.replaced = 0                   # turns that aren't counted any more
+        self.changes = self.seen = 0        # beginnings and ends up to now, and up to the last look
+        self.next_look = 0.0
 
-    def __enter__(self):
-        self.free.get()
+    def take(self, who):
+        """True where it is who's turn at once; else who is in line, for end() or relieve() to return."""
+        with self.lock:
+            if not self.free:
+                self.line.append(who)
+                return False
+            self.free -= 1
+            self.changes += 1
+            return True
 
-    def __exit__(self, *exc_info):
-        self.free.put(None)
+    def end(self, start):
+        """End the turn that began at start; who is next, or None."""
+        with self.lock:
+            self.changes += 1
+            if self.replaced and time.monotonic() - start > STUCK:
+                self.replaced -= 1
+            elif self.line:
+                return self.line.popleft()
+            else:
+                self.free += 1
+        return None
+
+    def relieve(self):
+        """Called again and again: who may go instead of one that stands still, or None."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return None
+        with self.lock:
+            stuck = self.line and self.changes == self.seen     # so all turns began before the last look
+            self.next_look, self.seen = now + STUCK, self.changes
+            self.replaced += bool(stuck)
+            return self.line.popleft() if stuck else None
 
 
 class FtpHandler(socketserver.BaseRequestHandler):
@@ -1461,12 +1492,11 @@ class FtpHandler(socketserver.BaseRequestHandler):
         steps = session.run()
         try:
             wait = steps.send(None)
-            while wait not in WORKERS or not service.stopping:
+            while wait not in AT_ONCE or not service.stopping:
                 if wait == BLOCKS:                          # as a thread may
                     wait = steps.send(None)
                 elif wait == COMPUTES:
-                    with self.server.computing:
-                        wait = steps.send(None)
+                    wait = self.in_turn(steps)
                 elif wait_for(*wait):
                     wait = steps.send(None)
                 else:
@@ -1480,6 +1510,20 @@ class FtpHandler(socketserver.BaseRequestHandler):
                 steps.close()
             finally:
                 service.farewell(session)
+
+    def in_turn(self, steps):
+        """Let the session go on to its next wait when it is its turn."""
+        turns, gate = self.server.computing, threading.Lock()
+        gate.acquire()
+        if not turns.take(gate):
+            gate.acquire()              # waits for the thread whose turn ends
+        start = time.monotonic()
+        try:
+            return steps.send(None)
+        finally:
+            following = turns.end(start)
+            if following:
+                following.release()
 
 
 class Stopped(Exception):
@@ -1522,13 +1566,19 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def __init__(self, service, family, address):
         self.service, self.address_family, self.discovery = service, family, None
-        self.computing = Turns(WORKERS[COMPUTES])
+        self.computing = Turns(AT_ONCE[COMPUTES])
         threading.stack_size(256 << 10)
         super().__init__(address, FtpHandler)
 
     def server_bind(self):
         super().server_bind()
         self.socket.setblocking(False)                      # a client may be gone before accept() gets to it
+
+    def service_actions(self):
+        super().service_actions()
+        gate = self.computing.relieve()
+        if gate:
+            gate.release()
 
     def get_request(self):
         taken = self.service.accept(self.socket)
@@ -1577,12 +1627,12 @@ class DiscoveryServer(Stoppable, socketserver.ThreadingUDPServer):
 # ==== Backend: selectors, all clients in one loop =========================================================
 
 class Workers:
-    """Threads for what would block the loop: as many as are busy at once, up to a limit."""
+    """Threads for what would block the loop: as many as are busy at once."""
 
-    def __init__(self, limit):
-        self.limit, self.threads = limit, 0
+    def __init__(self):
+        self.threads = 0
         self.idle = 0               # threads that wait for a job which nobody has given them yet
-        self.waiting = 0            # jobs that no thread has been found for yet
+        self.waiting = 0            # jobs that no thread could be started for
         self.lock = threading.Lock()
         self.jobs = QUEUE()
 
@@ -1592,13 +1642,7 @@ class Workers:
             if self.idle:
                 self.idle -= 1
                 return
-            start = self.threads < self.limit
-            self.threads += start
-            self.waiting += not start
-        if start:
-            self.start()
-
-    def start(self):
+            self.threads += 1
         try:
             threading.Thread(target=self.work, daemon=True).start()
         except RuntimeError as error:
@@ -1631,7 +1675,7 @@ class Task:
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
-        self.away = None            # kind of the worker that has it
+        self.away = None            # kind of the work that a worker does for it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
 
@@ -1653,7 +1697,8 @@ class SelectFtpServer:
         self.service = service
         self.dic = {}               # connection: its Task, and of no other
         self.sel = selectors.DefaultSelector()
-        self.workers = {kind: Workers(limit) for kind, limit in WORKERS.items()}
+        self.workers = Workers()
+        self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
         self.back = collections.deque()             # (Task, its next wait) from the workers
         self.alarms, self.tickets = [], itertools.count()
         self.create_socket(family, address)
@@ -1708,6 +1753,10 @@ class SelectFtpServer:
             except Exception:       # one event less, and the loop goes on
                 LOG.exception("bug in %s", callback.__name__)
         self.expire()
+        for turns in self.turns.values():
+            task = turns.relieve()
+            if task:
+                self.workers.submit(self.work, task)
 
     def accept(self, sock, mask):
         """Callback of the listening socket."""
@@ -1739,9 +1788,9 @@ class SelectFtpServer:
     def note_wait(self, task, wait):
         """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
         task.deadline = math.inf
-        if wait == "done" or wait in WORKERS and self.service.stopping:
+        if wait == "done" or wait in AT_ONCE and self.service.stopping:
             self.close(task)
-        elif wait in WORKERS:
+        elif wait in AT_ONCE:
             self.send_away(task, wait)
         else:
             sock, event, timeout = wait
@@ -1754,20 +1803,26 @@ class SelectFtpServer:
             self.set_alarm(task)
 
     def send_away(self, task, kind):
+        """Have a worker run a session, when it is its turn."""
         task.away = kind
-        self.workers[kind].submit(self.work, task)
+        if self.turns[kind].take(task):
+            self.workers.submit(self.work, task)
 
     def work(self, task):
-        """In a worker: run a session until it really has to wait, or until others want a worker of this kind."""
-        kind = task.away
-        wait = task.advance()
-        while not self.workers[kind].waiting and not self.service.stopping and self.goes_on(kind, wait):
+        """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
+        while task:
+            turns, start = self.turns[task.away], time.monotonic()
             wait = task.advance()
-        if wait in WORKERS and not self.service.stopping:       # others want this worker too: to the end of the queue
-            return self.send_away(task, wait)
-        self.back.append((task, wait))
-        with contextlib.suppress(BlockingIOError):          # full: the loop will wake anyway
-            self.button.send(b"!")
+            while not turns.line and not self.service.stopping and self.goes_on(task.away, wait):
+                wait = task.advance()
+            following = turns.end(start)
+            if wait in AT_ONCE and not self.service.stopping:
+                self.send_away(task, wait)
+            else:
+                self.back.append((task, wait))
+                with contextlib.suppress(BlockingIOError):      # full: the loop will wake anyway
+                    self.button.send(b"!")
+            task = following
 
     @staticmethod
     def goes_on(kind, wait):

@@ -440,8 +440,9 @@ class Faults:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def struck(self):
-        return os.path.exists(self.path + ".struck")
+    def struck(self, count=1):
+        """Say whether so many calls failed or are held."""
+        return os.path.exists(self.path + ".struck") and read_bytes(self.path + ".struck").count(b"\n") >= count
 
 
 # ==== Helpers: servers, clients, proxies ============================================================================
@@ -1866,6 +1867,39 @@ def test_slow_disk_that_some_are_served_from_makes_nobody_else_wait(mode, folder
         faults.disarm()
         for peer in slow:
             assert peer.line()["size"] == len(data) and peer.read(len(data)) == data and peer.line()["ok"]
+
+
+@posix
+@pytest.mark.parametrize("operation", ["read", "sendfile", "write"])
+@in_all_modes_at_once
+def test_disk_that_hangs_for_some_makes_nobody_else_wait(mode, folder, operation):
+    """As many as may compute at a time stand still; the others have their turn all the same."""
+    faults, data, many = Faults(folder), content(600000), ftp_server.AT_ONCE[ftp_server.COMPUTES]
+
+    def ask(peer, name):
+        if operation == "write":
+            peer.send(put_header(name, data), data, {"sha256": sha(data)})
+        else:
+            peer.send({"cmd": "get", "name": "x", "verify": operation == "read"})
+
+    def check(peer):
+        answer = peer.line()
+        assert answer["ok"] and (operation == "write" or peer.read(len(data)) == data and peer.line()["ok"])
+
+    with serve(mode, folder, faults=faults) as server, contextlib.ExitStack() as stack:
+        server.serves("x", data)
+        slow = [stack.enter_context(server.peer()) for _ in range(many)]
+        faults.arm("hold", [operation], last=many)
+        for number, peer in enumerate(slow):
+            ask(peer, "slow%d" % number)
+        wait_for(lambda: faults.struck(many))
+        for number in range(3):
+            with server.peer() as peer:
+                ask(peer, "quick%d" % number)
+                check(peer)
+        faults.disarm()
+        for peer in slow:
+            check(peer)
 
 
 @in_all_modes_at_once
