@@ -713,19 +713,29 @@ def mode(request):
     return request.param
 
 
-def in_all_modes_at_once(test):
-    """Run a test(mode, folder, ...) that mostly waits in all modes at the same time."""
-    def run_test(tmp_path, **arguments):
-        def run_in(mode):
-            (tmp_path / mode).mkdir()
-            test(mode, tmp_path / mode, **arguments)
+def at_once_for(table):
+    """Run a test(value, folder, ...) that waits or starts processes for all of {name: value}, a few at the same time."""
+    def decorate(test):
+        def run_test(tmp_path, **arguments):
+            def run_one(name, value, folder):
+                folder.mkdir()
+                try:
+                    test(value, folder, **arguments)
+                except Exception as error:
+                    raise AssertionError("it fails for %s" % name) from error
 
-        at_once(*[lambda mode=mode: run_in(mode) for mode in ftp_server.MODES])
+            with ThreadPoolExecutor(4) as pool:
+                folders = [tmp_path / str(number) for number in range(len(table))]
+                list(pool.map(run_one, table, table.values(), folders))
 
-    fixture = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    run_test.__name__ = test.__name__
-    run_test.__signature__ = inspect.Signature([fixture] + list(inspect.signature(test).parameters.values())[2:])
-    return run_test
+        fixture = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        run_test.__name__ = test.__name__
+        run_test.__signature__ = inspect.Signature([fixture] + list(inspect.signature(test).parameters.values())[2:])
+        return run_test
+    return decorate
+
+
+in_all_modes_at_once = at_once_for({mode: mode for mode in ftp_server.MODES})
 
 
 @pytest.fixture(scope="module")
@@ -1027,11 +1037,12 @@ def test_uploads_are_not_served(peer):
     assert peer.get(name)[0]["code"] == "not-found"
 
 
-def test_partials_are_neither_listed_nor_served_where_both_folders_are_one(mode, tmp_path):
-    both = str(tmp_path / "both")
+@in_all_modes_at_once
+def test_partials_are_neither_listed_nor_served_where_both_folders_are_one(mode, folder):
+    both = str(folder / "both")
     os.mkdir(both)
     data = content(5000)
-    with serve(mode, tmp_path, "--upload", both, "--download", both) as server:
+    with serve(mode, folder, "--upload", both, "--download", both) as server:
         server.upload = both
         with server.peer() as peer, server.begin_upload("half", data, 3000, id=upload_id()):
             assert peer.put("whole", data)["ok"]
@@ -1128,8 +1139,9 @@ def test_special_file_is_not_a_file_and_never_hangs(server, peer, special):
 
 
 @linux
-def test_file_without_permission_is_denied(mode, tmp_path):
-    with serve(mode, tmp_path, patch=DROP_PRIVILEGES) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_file_without_permission_is_denied(mode, folder):
+    with serve(mode, folder, patch=DROP_PRIVILEGES) as server, server.peer() as peer:
         os.chmod(server.serves("secret", b"secret"), 0)
         os.chmod(server.upload, 0o555)
         assert peer.get("secret")[0]["code"] == "denied"
@@ -1156,9 +1168,10 @@ def test_refused_long_payload_is_answered_and_the_connection_closed(peer, sent):
     assert sent == 0 or peer.closed()
 
 
-def test_connection_that_the_server_closes_lingers_without_a_false_word_in_the_log(mode, tmp_path):
+@in_all_modes_at_once
+def test_connection_that_the_server_closes_lingers_without_a_false_word_in_the_log(mode, folder):
     patch = "import ftp_server; ftp_server.LINGER_TIME = 0.3"
-    with serve(mode, tmp_path, patch=patch) as server, server.peer() as peer:
+    with serve(mode, folder, patch=patch) as server, server.peer() as peer:
         assert peer.ask(b"{nonsense}\n")["code"] == "bad-request"
         assert peer.closed()  # one way: the other stays open for as long as it lingers
         with contextlib.suppress(ConnectionError):
@@ -1166,8 +1179,9 @@ def test_connection_that_the_server_closes_lingers_without_a_false_word_in_the_l
         assert "left" not in server.log()
 
 
-def test_max_size_is_told_and_holds(mode, tmp_path):
-    with serve(mode, tmp_path, "--max-size", "64K") as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_max_size_is_told_and_holds(mode, folder):
+    with serve(mode, folder, "--max-size", "64K") as server, server.peer() as peer:
         assert peer.hello()["max_size"] == 65536
         assert peer.put("fits", content(65536))["ok"]
         assert peer.put("too-large", content(65537))["code"] == "too-large"
@@ -1217,8 +1231,9 @@ def test_name_without_an_extension_and_the_longest_name_can_be_numbered(server, 
     assert again["duplicate"] and again["name"] == third
 
 
-def test_overwrite_replaces_atomically(mode, tmp_path):
-    with serve(mode, tmp_path, "--overwrite") as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_overwrite_replaces_atomically(mode, folder):
+    with serve(mode, folder, "--overwrite") as server, server.peer() as peer:
         old, new = content(300000, 1), content(300000, 2)
         assert peer.put("x", old)["ok"]
         done, seen = threading.Event(), set()
@@ -1237,9 +1252,10 @@ def test_overwrite_replaces_atomically(mode, tmp_path):
         assert set(server.uploads()) == {"x"}
 
 
-def test_what_is_overwritten_at_once_by_many_is_whole_and_never_gone(mode, tmp_path):
+@in_all_modes_at_once
+def test_what_is_overwritten_at_once_by_many_is_whole_and_never_gone(mode, folder):
     contents = [content(2000, seed) for seed in range(4)]
-    with serve(mode, tmp_path, "--overwrite") as server, contextlib.ExitStack() as stack:
+    with serve(mode, folder, "--overwrite") as server, contextlib.ExitStack() as stack:
         peers = [stack.enter_context(server.peer()) for _ in contents]
 
         def put(peer, data):
@@ -1362,27 +1378,29 @@ def test_kill_at_any_operation_leaves_the_upload_whole_or_resumable(mode, folder
 
 
 @posix
-def test_file_published_at_the_instant_of_a_kill_is_never_written_to_again(mode, tmp_path):
-    faults, identity = Faults(tmp_path), upload_id()
+@in_all_modes_at_once
+def test_file_published_at_the_instant_of_a_kill_is_never_written_to_again(mode, folder):
+    faults, identity = Faults(folder), upload_id()
     old, new = content(300000, 1), content(300000, 2)
-    with serve(mode, tmp_path, faults=faults) as server, server.peer() as peer:
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
         faults.arm("kill", ["unlink", "remove"])  # where it has two names for a moment
         with contextlib.suppress(ConnectionError):
             peer.put("x", old, id=identity)
         server.kill()
         faults.disarm()
-    with serve(mode, tmp_path) as server, server.peer() as peer:
+    with serve(mode, folder) as server, server.peer() as peer:
         assert server.stored("x") == old
         assert server.stored(peer.put("x", new, id=identity)["name"]) == new
         assert server.stored("x") == old
 
 
-def test_kill_loses_nothing_that_came_a_moment_ago(mode, tmp_path):
+@in_all_modes_at_once
+def test_kill_loses_nothing_that_came_a_moment_ago(mode, folder):
     data, identity = content(300000), upload_id()
-    with serve(mode, tmp_path) as server, server.begin_upload("x", data, 200000, id=identity):
+    with serve(mode, folder) as server, server.begin_upload("x", data, 200000, id=identity):
         wait_for(lambda: list(server.partials().values()) == [200000])
         server.kill()
-    with serve(mode, tmp_path) as server:
+    with serve(mode, folder) as server:
         finish_upload(server, "x", data, identity, 200000)
 
 
@@ -1410,9 +1428,10 @@ def test_error_at_any_operation_is_told_and_the_upload_can_be_repeated(mode, fol
 
 
 @posix
-def test_error_while_reading_never_ends_as_a_whole_file(mode, tmp_path):
-    faults, data = Faults(tmp_path), content(3 * MIB)
-    with serve(mode, tmp_path, faults=faults) as server:
+@in_all_modes_at_once
+def test_error_while_reading_never_ends_as_a_whole_file(mode, folder):
+    faults, data = Faults(folder), content(3 * MIB)
+    with serve(mode, folder, faults=faults) as server:
         for number in range(1, 200):
             server.serves("x%d" % number, data)
             faults.arm("raise", READING, at=number, last=number + 1)
@@ -1450,9 +1469,10 @@ def test_ok_is_said_only_after_flush_and_rename(mode, folder, operations, at):
 
 
 @posix
-def test_failed_flush_is_an_error_and_only_the_last_may_leave_the_file(mode, tmp_path):
-    faults, data = Faults(tmp_path), content(1000)
-    with serve(mode, tmp_path, faults=faults) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_failed_flush_is_an_error_and_only_the_last_may_leave_the_file(mode, folder):
+    faults, data = Faults(folder), content(1000)
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
         faults.arm("raise", FLUSHING, at=1)
         assert peer.put("file", data)["code"] == "server-error"
         assert "file" not in server.uploads()
@@ -1464,18 +1484,20 @@ def test_failed_flush_is_an_error_and_only_the_last_may_leave_the_file(mode, tmp
 
 
 @posix
-def test_no_fsync_stores_without_flushing(mode, tmp_path):
-    faults = Faults(tmp_path)
-    with serve(mode, tmp_path, "--no-fsync", faults=faults) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_no_fsync_stores_without_flushing(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, "--no-fsync", faults=faults) as server, server.peer() as peer:
         faults.arm("raise", FLUSHING, last=99)
         assert peer.put("x", b"data")["ok"]
         assert not faults.struck()
 
 
 @posix
-def test_disk_without_hard_links_keeps_both_all_the_same(mode, tmp_path):
-    faults = Faults(tmp_path)
-    with serve(mode, tmp_path, faults=faults) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_disk_without_hard_links_keeps_both_all_the_same(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
         faults.arm("raise", ["link"], last=99, error=errno.EPERM)
         assert [peer.put("x", data)["name"] for data in (b"one", b"two", b"one")] == ["x", "x-2", "x"]
         assert server.uploads() == {"x": b"one", "x-2": b"two"}
@@ -1494,9 +1516,10 @@ def disk_fills(server, name):
 
 
 @posix
-def test_full_disk_is_told_and_the_server_recovers(mode, tmp_path):
-    faults = Faults(tmp_path)
-    with serve(mode, tmp_path, faults=faults) as server:
+@in_all_modes_at_once
+def test_full_disk_is_told_and_the_server_recovers(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server:
         faults.arm("raise", ["write", "pwrite", "writev", "splice", "posix_fallocate"], error=errno.ENOSPC)
         disk_fills(server, "x")
         faults.disarm()
@@ -1505,14 +1528,15 @@ def test_full_disk_is_told_and_the_server_recovers(mode, tmp_path):
 
 
 @linux
-def test_full_real_disk_is_told_and_the_server_recovers(mode, tmp_path):
-    disk = tmp_path / "disk"
+@in_all_modes_at_once
+def test_full_real_disk_is_told_and_the_server_recovers(mode, folder):
+    disk = folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.call(mount, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         pytest.skip("only root can mount a small disk; the test above fills one by injection")
     try:
-        with serve(mode, tmp_path, "--upload", str(disk)) as server:
+        with serve(mode, folder, "--upload", str(disk)) as server:
             server.upload = str(disk)
             disk_fills(server, "x")
             with server.peer() as peer:
@@ -1542,9 +1566,10 @@ def test_link_in_the_download_folder_leads_nowhere(server, peer, tmp_path):
 
 @posix
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["keep both", "overwrite"])
-def test_link_in_the_upload_folder_is_never_written_through(mode, tmp_path, options):
-    outside = os.path.dirname(fill(tmp_path / "outside", {"victim.txt": b"before"}))
-    with serve(mode, tmp_path, *options) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_link_in_the_upload_folder_is_never_written_through(mode, folder, options):
+    outside = os.path.dirname(fill(folder / "outside", {"victim.txt": b"before"}))
+    with serve(mode, folder, *options) as server, server.peer() as peer:
         os.symlink(os.path.join(outside, "victim.txt"), os.path.join(server.upload, "file"))
         os.symlink(os.path.join(outside, "nothing"), os.path.join(server.upload, "dangling"))
         os.symlink(outside, os.path.join(server.upload, "link"))
@@ -1557,9 +1582,10 @@ def test_link_in_the_upload_folder_is_never_written_through(mode, tmp_path, opti
 
 
 @posix
-def test_partial_folder_that_is_a_link_is_not_followed(mode, tmp_path):
-    outside = os.path.dirname(fill(tmp_path / "outside", {"0" * 64: b"before"}))
-    with serve(mode, tmp_path) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_partial_folder_that_is_a_link_is_not_followed(mode, folder):
+    outside = os.path.dirname(fill(folder / "outside", {"0" * 64: b"before"}))
+    with serve(mode, folder) as server, server.peer() as peer:
         partial = os.path.join(server.upload, ".partial")
         assert peer.put("x", b"x")["ok"]
         with server.begin_upload("y", content(1000), 500, id=upload_id()) as other:
@@ -1761,8 +1787,9 @@ def test_upload_under_way_in_another_server_is_busy(mode, folder):
         assert two.uploads() == {"x": data, "other": data}
 
 
-def test_more_than_max_clients_are_told_busy(mode, tmp_path):
-    with serve(mode, tmp_path, "--max-clients", "2") as server:
+@in_all_modes_at_once
+def test_more_than_max_clients_are_told_busy(mode, folder):
+    with serve(mode, folder, "--max-clients", "2") as server:
         with server.peer() as one, server.peer() as two:
             assert one.hello()["ok"] and two.hello()["ok"]
             with server.peer() as framed, server.peer() as classic:
@@ -1939,8 +1966,9 @@ def test_clients_that_send_requests_without_end_make_nobody_else_wait(mode, fold
 
 
 @linux
-def test_clients_that_are_gone_take_no_memory(mode, tmp_path):
-    with serve(mode, tmp_path) as server:
+@in_all_modes_at_once
+def test_clients_that_are_gone_take_no_memory(mode, folder):
+    with serve(mode, folder) as server:
         def come_and_go(count):
             for _ in range(count):
                 with server.peer() as peer:
@@ -2018,9 +2046,10 @@ def test_refused_requests_leave_no_descriptor_open(server, peer):
 
 
 @posix
-def test_out_of_threads_the_server_goes_on(mode, tmp_path):
-    faults = Faults(tmp_path)
-    with serve(mode, tmp_path, faults=faults) as server:
+@in_all_modes_at_once
+def test_out_of_threads_the_server_goes_on(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server:
         faults.arm("raise", ["thread"], last=99)
         for _ in range(5):
             with contextlib.suppress(ConnectionError), server.peer() as peer:
@@ -2367,9 +2396,10 @@ def test_discovery_request_may_be_longer(server):
 
 
 @cases("name", {"long": "h" * 300, "Chinese": "教" * 64, "quotes": '"' * 64})
-def test_discovery_answer_is_never_longer_than_the_request(mode, tmp_path, name):
+@in_all_modes_at_once
+def test_discovery_answer_is_never_longer_than_the_request(mode, folder, name):
     patch = "import socket; socket.gethostname = lambda: %a" % name
-    with serve(mode, tmp_path, patch=patch) as server:
+    with serve(mode, folder, patch=patch) as server:
         answer = discover(server)
         assert len(answer) <= len(DISCOVER)
         assert json.loads(answer.decode("utf-8"))["host"][:9] == name[:9]
@@ -2410,8 +2440,9 @@ def test_datagrams_that_ask_for_nothing_get_nothing(server):
     assert server.alive()
 
 
-def test_at_most_fifty_answers_go_out_in_a_second(mode, tmp_path):
-    with serve(mode, tmp_path) as server, datagrams(server) as sock:
+@in_all_modes_at_once
+def test_at_most_fifty_answers_go_out_in_a_second(mode, folder):
+    with serve(mode, folder) as server, datagrams(server) as sock:
         discover(server)
         start, count = time.monotonic(), 1
         for _ in range(40):
@@ -2425,20 +2456,22 @@ def test_at_most_fifty_answers_go_out_in_a_second(mode, tmp_path):
         assert discover(server)                 # later there are answers again
 
 
-def test_udp_port_that_is_taken_is_a_warning_only(mode, tmp_path):
+@in_all_modes_at_once
+def test_udp_port_that_is_taken_is_a_warning_only(mode, folder):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         with listen() as free:
             port = free.getsockname()[1]        # the TCP port of that number is to be had
         taken.bind(("127.0.0.1", port))
-        with serve(mode, tmp_path, port=port) as server:
+        with serve(mode, folder, port=port) as server:
             wait_for(lambda: "WARNING" in server.log())
             warning, = [line for line in server.log().split("\n") if "WARNING" in line]
             assert "UDP port %d" % port in warning
             assert server.alive()
 
 
-def test_no_discovery_leaves_the_udp_port_alone(mode, tmp_path):
-    with serve(mode, tmp_path, "--no-discovery") as server:
+@in_all_modes_at_once
+def test_no_discovery_leaves_the_udp_port_alone(mode, folder):
+    with serve(mode, folder, "--no-discovery") as server:
         assert server.alive()                   # so it is past the point where discovery would begin
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.bind((server.host, server.port))
@@ -2446,9 +2479,10 @@ def test_no_discovery_leaves_the_udp_port_alone(mode, tmp_path):
 
 
 @posix
-def test_datagram_is_no_traceback_when_there_is_no_thread_to_be_had(mode, tmp_path):
-    faults = Faults(tmp_path)
-    with serve(mode, tmp_path, faults=faults) as server, datagrams(server) as sock:
+@in_all_modes_at_once
+def test_datagram_is_no_traceback_when_there_is_no_thread_to_be_had(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server, datagrams(server) as sock:
         discover(server)
         faults.arm("raise", ["thread"], last=10 ** 6)
         sock.send(DISCOVER)
@@ -2459,7 +2493,8 @@ def test_datagram_is_no_traceback_when_there_is_no_thread_to_be_had(mode, tmp_pa
 
 
 def find(port, folder, *more):
-    return run(PYTHON + [CLIENT, "--find", "127.0.0.1", str(port)] + list(more), folder)
+    patch = "import ftp_client; ftp_client.FIND_TIME = 0.3"
+    return run(launch(CLIENT, patch) + ["--find", "127.0.0.1", str(port)] + list(more), folder)
 
 
 def test_find_prints_a_command_that_works(server, mode, work):
@@ -2680,13 +2715,14 @@ def test_explain_writes_whole_lines_whoever_writes_with_it(tmp_path):
     assert [line for line in lines if not re.match(r"explain: (?!.*explain: )|\d{4}-(?!.*explain: )", line)] == []
 
 
-def test_explain_goes_to_stderr_and_only_when_asked(mode, tmp_path):
-    with explaining(mode, tmp_path) as server:
+@in_all_modes_at_once
+def test_explain_goes_to_stderr_and_only_when_asked(mode, folder):
+    with explaining(mode, folder) as server:
         assert server.alive()
         wait_for(lambda: explained(server))
     assert "explain:" not in server.out()
     hookless = "import sys, threading; sys.setprofile = threading.setprofile = None"     # to call them would end the process
-    with serve(mode, tmp_path, patch=hookless) as server:
+    with serve(mode, folder, patch=hookless) as server:
         assert server.alive() and discover(server)
     assert "explain:" not in server.out() + server.log()
 
@@ -2779,8 +2815,9 @@ def test_client_that_need_not_explain_is_quiet(server, work):
 # ==== Command line: the server ======================================================================================
 
 
-def test_banner_names_the_folders_and_what_to_type(mode, tmp_path):
-    with serve(mode, tmp_path) as server:
+@in_all_modes_at_once
+def test_banner_names_the_folders_and_what_to_type(mode, folder):
+    with serve(mode, folder) as server:
         lines = server.out().splitlines()
         assert lines[0] == "listening on 127.0.0.1:%d (%s)" % (server.port, mode)
         rest = "\n".join(lines[1:])
@@ -2814,10 +2851,11 @@ socket.socket.bind, socket.socket.getsockname = bind, getsockname
 """
 
 
-def test_server_for_the_network_says_who_can_reach_it(mode, tmp_path):
-    with serve(mode, tmp_path, host="0.0.0.0", patch=ANY_ADDRESS) as server:
+@in_all_modes_at_once
+def test_server_for_the_network_says_who_can_reach_it(mode, folder):
+    with serve(mode, folder, host="0.0.0.0", patch=ANY_ADDRESS) as server:
         server.host = "127.0.0.1"  # where the patch lets it listen in truth
-        loopback = Server(mode, tmp_path / "loopback", [])
+        loopback = Server(mode, folder / "loopback", [])
         try:
             loopback.wait_until_listening()
             more = len((server.out() + server.log()).splitlines()) - len((loopback.out() + loopback.log()).splitlines())
@@ -2834,37 +2872,39 @@ def server_fails(*arguments, patch=""):
     return done.code, done.err
 
 
-def test_port_in_use_is_one_clear_line(mode, tmp_path):
+@in_all_modes_at_once
+def test_port_in_use_is_one_clear_line(mode, folder):
     with listen() as sock:
         port = sock.getsockname()[1]
-        code, line = server_fails("127.0.0.1", str(port), "--mode", mode, "--root", str(tmp_path))
+        code, line = server_fails("127.0.0.1", str(port), "--mode", mode, "--root", str(folder))
     assert code == 1 and line.count("\n") == 1 and str(port) in line
 
 
-def test_port_without_the_right_is_one_clear_line(mode, tmp_path):
+@in_all_modes_at_once
+def test_port_without_the_right_is_one_clear_line(mode, folder):
     deny = ("import socket\ndef bind(sock, address): raise PermissionError(13, 'Permission denied')\n"
             "socket.socket.bind = bind")
-    code, line = server_fails("127.0.0.1", "80", "--mode", mode, "--root", str(tmp_path), patch=deny)
+    code, line = server_fails("127.0.0.1", "80", "--mode", mode, "--root", str(folder), patch=deny)
     assert code == 1 and line.count("\n") == 1 and "80" in line
 
 
-@pytest.mark.parametrize("option", ["--root", "--upload", "--download"])
-@pytest.mark.parametrize("what", ["missing", "file"])
-def test_folder_that_is_none_is_one_clear_line(tmp_path, option, what):
-    (tmp_path / "file").write_bytes(b"")
-    code, line = server_fails("127.0.0.1", "0", "--root", str(tmp_path), option, str(tmp_path / what))
-    assert code == 1 and line.count("\n") == 1 and what in line
+@at_once_for({option: option for option in ("--root", "--upload", "--download")})
+def test_folder_that_is_none_is_one_clear_line(option, folder):
+    (folder / "file").write_bytes(b"")
+    for what in ("missing", "file"):
+        code, line = server_fails("127.0.0.1", "0", "--root", str(folder), option, str(folder / what))
+        assert code == 1 and line.count("\n") == 1 and what in line
 
 
-@cases("arguments", {
+@at_once_for({
     "mode": ["--mode", "forking"], "size": ["--max-size", "10Q"], "size -1": ["--max-size", "-1"],
     "port": ["127.0.0.1", "http"], "port 65536": ["127.0.0.1", "65536"], "port -1": ["127.0.0.1", "-1"],
     "timeout": ["--timeout", "soon"], "timeout 0": ["--timeout", "0"], "timeout nan": ["--timeout", "nan"],
     "clients": ["--max-clients", "some"], "clients -1": ["--max-clients", "-1"], "option": ["--frob"],
     "too much": ["127.0.0.1", "0", "more"],
 })
-def test_wrong_usage_of_the_server_is_exit_2(tmp_path, arguments):
-    assert server_fails("--root", str(tmp_path), *arguments)[0] == 2
+def test_wrong_usage_of_the_server_is_exit_2(arguments, folder):
+    assert server_fails("--root", str(folder), *arguments)[0] == 2
 
 
 @pytest.mark.parametrize("text, size", [("500", 500), ("64K", 65536), ("10M", 10 * MIB), ("2G", 2 * GIB)])
@@ -2873,19 +2913,21 @@ def test_sizes_count_in_1024s(tmp_path, text, size):
         assert peer.hello()["max_size"] == size
 
 
-def test_folders_can_be_named_apart(mode, tmp_path):
+@in_all_modes_at_once
+def test_folders_can_be_named_apart(mode, folder):
     for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "there" / "y").write_bytes(b"y")
-    with serve(mode, tmp_path, "--upload", str(tmp_path / "here"), "--download", str(tmp_path / "there")) as server:
+        (folder / name).mkdir()
+    (folder / "there" / "y").write_bytes(b"y")
+    with serve(mode, folder, "--upload", str(folder / "here"), "--download", str(folder / "there")) as server:
         with server.peer() as peer:
             assert peer.put("x", b"x")["ok"] and peer.get("y")[1] == b"y"
-    assert tree(tmp_path / "here") == {"x": b"x"}
+    assert tree(folder / "here") == {"x": b"x"}
 
 
 @posix
-def test_log_tells_every_transfer_in_one_escaped_line(mode, tmp_path):
-    with serve(mode, tmp_path) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_log_tells_every_transfer_in_one_escaped_line(mode, folder):
+    with serve(mode, folder) as server, server.peer() as peer:
         server.serves("成绩.txt", b"12345")
         peer.put("upload 1.txt", b"123")
         peer.get("成绩.txt")
@@ -2901,19 +2943,21 @@ def test_log_tells_every_transfer_in_one_escaped_line(mode, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_name_that_the_terminal_lacks_never_raises(mode, tmp_path, encoding):
-    with serve(mode, tmp_path, "-v", environment={"PYTHONIOENCODING": encoding}) as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_name_that_the_terminal_lacks_never_raises(mode, folder, encoding):
+    with serve(mode, folder, "-v", environment={"PYTHONIOENCODING": encoding}) as server, server.peer() as peer:
         assert peer.put("成绩 🎓.txt", b"x")["ok"]
         assert peer.get("成绩 🎓.txt")[0]["code"] == "not-found"
         assert server.uploads() == {"成绩 🎓.txt": b"x"}
 
 
-def test_quiet_server_logs_nothing_of_transfers_and_a_log_file_all(mode, tmp_path):
-    log_file = tmp_path / "log.txt"
-    with serve(mode, tmp_path, "-q") as server, server.peer() as peer:
+@in_all_modes_at_once
+def test_quiet_server_logs_nothing_of_transfers_and_a_log_file_all(mode, folder):
+    log_file = folder / "log.txt"
+    with serve(mode, folder, "-q") as server, server.peer() as peer:
         assert peer.put("a-name", b"x")["ok"]
     assert "a-name" not in server.log()
-    with serve(mode, tmp_path, "--log-file", str(log_file)) as server, server.peer() as peer:
+    with serve(mode, folder, "--log-file", str(log_file)) as server, server.peer() as peer:
         assert peer.put("a-name", b"x")["ok"]
     assert b"a-name" in log_file.read_bytes()
 
@@ -2926,18 +2970,19 @@ def test_version_and_help(script, tmp_path):
     assert done.code == 0 and "--timeout" in done.out
 
 
-def test_each_script_runs_alone_with_the_bare_interpreter(mode, tmp_path):
+@in_all_modes_at_once
+def test_each_script_runs_alone_with_the_bare_interpreter(mode, folder):
     """The main job on a machine with nothing but Python: each script by itself in a folder, both ways."""
-    there, here = tmp_path / "there", tmp_path / "here"
+    there, here = folder / "there", folder / "here"
     there.mkdir(), here.mkdir()
     shutil.copy(SERVER, str(there))
     shutil.copy(CLIENT, str(here))
     bare = [sys.executable, "-I", "-S", "-W", "error"]
-    with open(str(tmp_path / "out"), "wb") as out:
+    with open(str(folder / "out"), "wb") as out:
         process = subprocess.Popen(bare + ["ftp_server.py", "127.0.0.1", "0", "--mode", mode], cwd=str(there),
                                    stdout=out, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
-        banner = wait_for(lambda: re.match(rb"listening on 127\.0\.0\.1:(\d+) ", read_bytes(tmp_path / "out")))
+        banner = wait_for(lambda: re.match(rb"listening on 127\.0\.0\.1:(\d+) ", read_bytes(folder / "out")))
         port = banner.group(1).decode()
         (here / "up.txt").write_bytes(b"up")
         (there / "download" / "down.txt").write_bytes(b"down")
@@ -3008,14 +3053,14 @@ def test_client_puts_and_gets_in_both_modes(server, work):
 
 
 @pytest.mark.parametrize("options", [[], ["--no-verify"]], ids=["verified", "not verified"])
-@pytest.mark.parametrize("size", SIZES)
-def test_client_moves_any_size(lone, work, size, options):
-    data = content(size)
-    fill(work, {"up": data})
-    lone.serves("down", data)
-    assert client(lone, *options, cwd=work, given="put up\nget down\n").code == 0
-    assert lone.uploads() == {"up": data}
-    assert tree(work, hidden=True) == {"up": data, "down": data}
+def test_client_moves_any_size(lone, work, options):
+    up, down = ({way + str(size): content(size) for size in SIZES} for way in ("up", "down"))
+    fill(work, up)
+    fill(lone.download, down)
+    typed = ["put " + name for name in up] + ["get " + name for name in down]
+    assert client(lone, *options, cwd=work, given="\n".join(typed)).code == 0
+    assert lone.uploads() == up
+    assert tree(work, hidden=True) == dict(up, **down)
 
 
 def test_several_files_go_on_after_a_failure_and_the_summary_names_it(lone, work):
@@ -3196,13 +3241,13 @@ def test_quiet_client_says_nothing_unless_it_fails(lone, work):
     assert client(lone, "get", "missing", "-q", cwd=work).err
 
 
-@cases("arguments", {
+@at_once_for({
     "option": ["--frob"], "retries": ["--retries", "-1"], "timeout": ["--timeout", "0"], "port": ["127.0.0.1", "http"],
     "port 0x": ["127.0.0.1", "0x50"], "port 70000": ["127.0.0.1", "70000", "ls"], "command": ["127.0.0.1", "1", "frob"],
     "put nothing": ["127.0.0.1", "1", "put"], "get nothing": ["127.0.0.1", "1", "get"],
     "get -o nowhere": ["127.0.0.1", "1", "get", "x", "-o"], "get -z": ["127.0.0.1", "1", "get", "x", "-z"],
 })
-def test_wrong_usage_of_the_client_is_exit_2(work, arguments):
+def test_wrong_usage_of_the_client_is_exit_2(arguments, work):
     done = run(PYTHON + [CLIENT] + arguments, work)
     assert done.code == 2 and done.err
 
@@ -3508,7 +3553,7 @@ def wired(*parts):
     return b"".join(wire(part) for part in parts)
 
 
-@cases("answer", {
+@at_once_for({
     "short payload": wired(OK_GET, b"12345"),
     "no last line": wired(OK_GET, b"1234567890"),
     "wrong digest": wired(OK_GET, b"1234567890", {"ok": True, "sha256": sha(b"another")}),
@@ -3534,7 +3579,7 @@ def wired(*parts):
     "code missing": wired({"ok": False}),
     "code a list": wired({"ok": False, "code": ["x"], "error": {"x": 1}}),
 })
-def test_lying_get_is_an_error_and_leaves_nothing(work, answer):
+def test_lying_get_is_an_error_and_leaves_nothing(answer, work):
     with fake_server(get=answer) as (port, headers):
         done = client(port, "get", "x", "--retries", "0", "--timeout", "5", cwd=work)
     assert done.code == 1 and done.err
@@ -3550,14 +3595,14 @@ def test_whole_file_that_is_here_already_is_checked_to_the_end(work):
     assert tree(work, hidden=True) == {"x": b"hello"}
 
 
-@cases("answer", {
+@at_once_for({
     "hash of other content": {"ok": True, "name": "x", "size": 5, "sha256": sha(b"other"), "duplicate": False},
     "other size": {"ok": True, "name": "x", "size": 4, "sha256": sha(b"hello"), "duplicate": False},
     "error": {"ok": False, "code": "disk-full", "error": "no room"},
     "not an answer": {"ok": True},
     "close": b"",
 })
-def test_put_that_was_not_stored_whole_is_never_called_stored(work, answer):
+def test_put_that_was_not_stored_whole_is_never_called_stored(answer, work):
     fill(work, {"x": b"hello"})
     resume = {"ok": True, "offset": 0, "sha256": sha(b"")}
 
@@ -3592,10 +3637,12 @@ def test_resume_that_does_not_match_starts_again_or_fails(work, answer):
     assert (done.code, got) in ((0, [data]), (1, []))
 
 
-@pytest.mark.parametrize("name", [
+@at_once_for({repr(name): name for name in (
     "../evil", "/tmp/evil", "a/../../evil", "..", "", "a\\evil", "a\nevil", "evil\x1b[31m", "evil\0", "a//evil",
-    "evil" * 99], ids=lambda name: repr(name)[:20].replace("\\", "/"))
-def test_listing_with_an_evil_name_writes_nothing_elsewhere(work, tmp_path, name):
+    "evil" * 99)})
+def test_listing_with_an_evil_name_writes_nothing_elsewhere(name, folder):
+    work = folder / "work"
+    work.mkdir()
     listing = b"".join(wire({"name": name, "type": kind, "size": 3, "mtime": 0}) for kind in ("dir", "file"))
     listing += wire({"name": "good", "type": "file", "size": 3, "mtime": 0})
 
@@ -3603,16 +3650,16 @@ def test_listing_with_an_evil_name_writes_nothing_elsewhere(work, tmp_path, name
         peer.send({"ok": True, "size": 3, "offset": 0, "mtime": 0}, b"bad", {"ok": True, "sha256": sha(b"bad")})
 
     def ls(peer, header):
-        folder = b"" if header.get("path") else wire({"name": "folder", "type": "dir", "size": 0, "mtime": 0})
-        peer.send({"ok": True, "size": len(folder + listing)}, folder, listing)
+        first = b"" if header.get("path") else wire({"name": "folder", "type": "dir", "size": 0, "mtime": 0})
+        peer.send({"ok": True, "size": len(first + listing)}, first, listing)
 
     with fake_server(ls=ls, get=get) as (port, headers):
         for arguments in (["get", "-r", "folder"], ["get", "*"]):
             done = client(port, *arguments, "--retries", "0", "--timeout", "5", cwd=work)
             assert done.code == 1 and "left out" in done.err
     assert (work / "folder" / "good").read_bytes() == (work / "good").read_bytes() == b"bad"
-    assert all("evil" not in found for found in tree(tmp_path, hidden=True))
-    assert os.listdir(str(tmp_path)) == ["work"]
+    assert all("evil" not in found for found in tree(folder, hidden=True))
+    assert os.listdir(str(folder)) == ["work"]
 
 
 def test_what_a_server_says_never_reaches_the_terminal_raw(work):
@@ -3637,14 +3684,14 @@ def test_what_a_server_says_never_reaches_the_terminal_raw(work):
         client(port, cwd=work, given="ls\n")
 
 
-@cases("answers", {
+@at_once_for({
     "FTP": {"hello": b"220 Welcome\r\n" * 3}, "HTTP": {"hello": b"HTTP/1.1 400 Bad Request\r\n\r\n"},
     "noise": {"hello": b"\xff" * 100}, "half a hello": {"hello": b"{"},
     "endless listing": {"ls": wired({"ok": True, "size": 1 << 62}, b"x" * 100000)},
     "line of a megabyte": {"ls": wired({"ok": True, "size": MIB + 1}, b"x" * MIB, b"\n")},
     "cut listing": {"ls": wired({"ok": True, "size": 999}, {"name": "x", "type": "file", "size": 3, "mtime": 0})},
 })
-def test_server_of_another_kind_is_an_error(work, answers):
+def test_server_of_another_kind_is_an_error(answers, work):
     with fake_server(**answers) as (port, headers):
         done = client(port, "ls", "--retries", "0", "--timeout", "5", cwd=work)
     assert done.code == 1 and done.err
@@ -3784,9 +3831,9 @@ def test_prompt_through_a_pipe(lone, work):
     assert "never.txt" not in everything
 
 
-@pytest.mark.parametrize("word", ["exit()", "exit", "quit", "bye", ""], ids=["exit()", "exit", "quit", "bye", "Ctrl-D"])
-def test_words_that_end_the_session(lone, work, word):
-    assert client(lone, cwd=work, given=word + "\n" if word else "").code == 0
+@at_once_for({"exit()": "exit()\n", "exit": "exit\n", "quit": "quit\n", "bye": "bye\n", "Ctrl-D": ""})
+def test_words_that_end_the_session(typed, work, lone_shared):
+    assert client(lone_shared, cwd=work, given=typed).code == 0
 
 
 def test_bad_command_is_one_line_and_the_prompt_goes_on(lone, work):
@@ -4697,10 +4744,10 @@ class Typist:
 
 
 @linux
-@pytest.mark.parametrize("title", RUNNABLE)
-def test_what_the_readme_says_works_in_a_fresh_folder(title, tmp_path):
+@at_once_for({title: title for title in RUNNABLE})
+def test_what_the_readme_says_works_in_a_fresh_folder(title, folder):
     text = sections(readme())[title]
-    typist = Typist(tmp_path)
+    typist = Typist(folder)
     exercises = sections(text, "### ")
     for exercise in [text] if not exercises else exercises.values():
         typist.play(exercise)
