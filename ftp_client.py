@@ -336,7 +336,7 @@ class Link:
         if message.get("ok") is not False or not isinstance(code, str) or not isinstance(text, str):
             raise BadMessage("neither an answer nor an error")
         if code in ("timeout", "busy"):     # may be better in a moment
-            raise Broken(text)
+            raise Broken("%s (%s)" % (text, code))
         raise Refusal(code, "%s (%s)" % (text, code))
 
     def read(self, limit):
@@ -918,7 +918,8 @@ class FtpClient:
         self.options, self.verify = options, not options.no_verify
         self.classic, self.greeted = options.classic, False
         self.link, self.tries = None, 0
-        self.todo, self.under_way, self.failed = collections.deque(), collections.deque(), []
+        self.todo, self.under_way = collections.deque(), collections.deque()
+        self.failed = []                        # what the command that runs could not do
         self.left_out = []                      # what a listing holds that we could not ask for or must not show
         self.bar = Bar(0, 0, False)
 
@@ -974,18 +975,18 @@ class FtpClient:
         if self.tries >= self.options.retries:
             job = self.todo.popleft()
             job.drop()
-            return self.fail(job, "connection lost: %s" % why)
+            return self.fail(job.label, "given up: %s" % why)
         while self.tries < self.options.retries:
             pause = min(FIRST_PAUSE * 2 ** self.tries, LAST_PAUSE)
             self.tries += 1
             self.bar.clear()
-            note("connection lost (%s): next try in %g s, %d of %d" % (why, pause, self.tries, self.options.retries))
+            note("interrupted (%s): next try in %g s, %d of %d" % (why, pause, self.tries, self.options.retries))
             time.sleep(pause)
             try:
                 return self.create_socket()
             except Unreachable as error:
                 why = error
-        raise Unreachable("connection lost: %s" % why)
+        raise Unreachable("given up: %s" % why)
 
     # ---- what --explain shows ----
 
@@ -1008,8 +1009,9 @@ class FtpClient:
     # ---- jobs ----
 
     def run(self, jobs):
-        """Do jobs, many of them under way at a time; go on after a failure. True where all went well."""
-        self.todo, self.failed, self.tries, self.folders = collections.deque(jobs), [], 0, set()
+        """Do jobs, many of them under way at a time; go on after a failure. True where all of the command went well."""
+        self.todo, self.tries, self.folders = collections.deque(jobs), 0, set()
+        wanted = len(jobs) + len(self.failed)
         start = time.monotonic()
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
         try:
@@ -1021,7 +1023,7 @@ class FtpClient:
                     self.recover(error)
         except Unreachable as error:
             for job in self.todo:
-                self.fail(job, error)
+                self.fail(job.label, error)
         except BaseException:                   # Ctrl-C: who knows where in the stream we are
             self.close()
             raise
@@ -1032,8 +1034,8 @@ class FtpClient:
             self.bar.clear()
             for folder in self.folders:             # once for all files in it
                 sync_folder(folder)
-        if len(jobs) > 1:
-            self.summary(jobs, time.monotonic() - start)
+        if wanted > 1:
+            self.summary(wanted, time.monotonic() - start)
         return not self.failed
 
     def turn(self):
@@ -1089,11 +1091,12 @@ class FtpClient:
             step()
             return True
         except Refusal as error:
-            self.fail(job, error)
+            self.fail(job.label, error)
         except (Failed, BadMessage, OSError) as error:
             if step == job.finish or isinstance(error, BadMessage):
                 self.close()
-            self.fail(job, "the server talks nonsense: %s" % error if isinstance(error, BadMessage) else reason(error))
+            nonsense = isinstance(error, BadMessage)
+            self.fail(job.label, "the server talks nonsense: %s" % error if nonsense else reason(error))
         job.drop()
         return False
 
@@ -1102,10 +1105,10 @@ class FtpClient:
         self.todo.extendleft(reversed(self.under_way))
         self.under_way.clear()
 
-    def fail(self, job, why):
-        self.failed.append(job)
+    def fail(self, label, why):
+        self.failed.append(label)
         self.bar.clear()
-        note("%s: %s" % (job.label, why))
+        note("%s: %s" % (label, why))
 
     def tell(self, job):
         self.tries = 0
@@ -1114,12 +1117,12 @@ class FtpClient:
             self.bar.clear()
             say("%s: %s" % (job.label, job.outcome))
 
-    def summary(self, jobs, seconds):
+    def summary(self, wanted, seconds):
         moved = self.bar.moved
-        text = "%d of %d done, %s in %.1f s, %s/s" % (len(jobs) - len(self.failed), len(jobs), human(moved), seconds,
+        text = "%d of %d done, %s in %.1f s, %s/s" % (wanted - len(self.failed), wanted, human(moved), seconds,
                                                       human(moved / max(seconds, 1e-6)))
         if self.failed:
-            note("%s; failed: %s" % (text, ", ".join(job.label for job in self.failed)))
+            note("%s; failed: %s" % (text, ", ".join(self.failed)))
         elif not self.options.quiet:
             say(text)
 
@@ -1201,11 +1204,12 @@ def advice(error, address, timeout):
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return "unknown host %s: check the spelling, or use the address that the server prints" % host
     if isinstance(error, ConnectionRefusedError):
-        return "%s refuses port %d: is ftp_server.py running there, on that port and not on 127.0.0.1 only?" % address
+        return "%s refuses port %d: is ftp_server.py running there, for this address and port, not for 127.0.0.1 only, " \
+               "and does its firewall let us in?" % address
     if isinstance(error, socket.timeout) or error.errno == errno.ETIMEDOUT:
-        return "no answer from %s port %d in %g s: check the address, the network and the firewall there" % (
+        return "no answer from %s port %d in %g s: is it running? Check address, port, network and its firewall" % (
             host, port, timeout)
-    return "can't connect to %s port %d (%s): check the address and the network" % (host, port, error.strerror or error)
+    return "can't connect to %s port %d (%s): check the address, the port and the network" % (host, port, error.strerror or error)
 
 
 # ==== Discovery: which servers are there? ===================================================================
@@ -1293,7 +1297,7 @@ class Bar:
     def add(self, job, count, moved=True):
         self.done += count
         self.moved += count if moved else 0
-        if self.visible and time.monotonic() - self.drawn > BAR_TIME:
+        if self.visible and (self.done >= self.size or time.monotonic() - self.drawn > BAR_TIME):
             self.draw(job.label)
 
     def draw(self, label):
@@ -1351,55 +1355,50 @@ def parse_command(words):
 
 def do_put(client, options, names):
     """put FILE... [-r]             send files; -r: folders too"""
-    jobs, wrong = [], 0
+    jobs = []
     for name in names:
         path = os.path.expanduser(name)
         found = [path] if os.path.lexists(path) else sorted(glob.glob(path))
         if not found:
-            note("%s: no such file" % name)
-            wrong += 1
+            client.fail(name, "no such file")
         for path in found:
-            wrong += not add_put(client, path, "-r" in options, jobs)
-    return client.run(jobs) and not wrong
+            add_put(client, path, "-r" in options, jobs)
+    return client.run(jobs)
 
 
 def add_put(client, path, recursive, jobs):
-    """Add the jobs for a local file, or for a folder and all in it; False where one can't be."""
+    """Add the jobs for a local file, or for a folder and all in it."""
     top = os.path.basename(os.path.abspath(path))
     if not (recursive and os.path.isdir(path)):
         return add_job(jobs, Put, client, path, top, size_of(path))
-    unread, well = [], True
+    unread = []
     for folder, folders, files in os.walk(path, onerror=unread.append):
         inner = os.path.relpath(folder, path)
         name = top if inner == "." else os.path.join(top, inner)
         folders.sort()
         if not folders and not files:
-            well &= add_job(jobs, MakeFolder, client, name)
+            add_job(jobs, MakeFolder, client, name)
         for file in sorted(files):
             if not (file.startswith(".") and file.endswith(PARTIAL)):       # what a get has begun here
-                well &= add_job(jobs, Put, client, os.path.join(folder, file), os.path.join(name, file),
-                                size_of(os.path.join(folder, file)))
+                file_path = os.path.join(folder, file)
+                add_job(jobs, Put, client, file_path, os.path.join(name, file), size_of(file_path))
         for link in folders:
             if os.path.islink(os.path.join(folder, link)):
-                note("%s: a link to a folder, left out" % os.path.join(folder, link))
-                well = False
+                client.fail(os.path.join(folder, link), "a link to a folder, left out")
     for error in unread:
-        note("%s: %s" % (error.filename, error.strerror))
-    return well and not unread
+        client.fail(error.filename, error.strerror)
 
 
 def add_job(jobs, kind, client, *args):
     try:
         jobs.append(kind(client, *args))
-        return True
     except Refusal as error:
-        note("%s: %s" % (args[0], error))
-        return False
+        client.fail(args[0], error)
 
 
 def reason(error):
-    """What went wrong, in words: of an OSError with the file's name."""
-    name = getattr(error, "filename", None)
+    """What went wrong, in words: of an OSError with the file's name, the new one where it is about two."""
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
 
 
@@ -1415,28 +1414,28 @@ def do_get(client, options, names):
     out = os.path.expanduser(options.get("-o", ""))
     if out.endswith(("/", os.sep)):
         os.makedirs(out, exist_ok=True)
-    found, wrong, jobs = {}, 0, []
+    found, jobs = {}, []
     for name in names:
         try:
             found.update((entry["name"], entry) for entry in entries_of(client, typed(name), "-r" in options))
         except (Refusal, Failed) as error:
-            note("%s: %s" % (name, error))
-            wrong += 1
+            client.fail(name, error)
     if len(found) > 1 and out and not os.path.isdir(out):
         raise Usage("-o must name a folder that exists, for several files")
     for name, entry in found.items():
         try:
-            wrong += not add_get(client, entry, options, out, jobs)
+            add_get(client, entry, options, out, jobs)
         except (Refusal, Failed, OSError) as error:
-            note("%s: %s" % (name, reason(error)))
-            wrong += 1
+            client.fail(name, reason(error))
     if len({job.target.path for job in jobs}) < len(jobs) and "-f" in options:
         raise Failed("several files would get the same name here: name a folder that exists with -o")
-    return client.run(jobs) and not wrong
+    return client.run(jobs)
 
 
 def typed(name):
-    """A remote name as it was typed, without what stands for this folder or its end."""
+    """A remote name as it was typed, without what stands for this folder or its end. Raises Refusal."""
+    if not name:
+        split_name(name)
     with contextlib.suppress(ValueError):           # not Unicode: split_name() will say so
         name = from_disk(name)
     name = name.rstrip("/")
@@ -1458,7 +1457,7 @@ def entries_of(client, name, recursive):
 
 
 def add_get(client, entry, options, out, jobs):
-    """Add the jobs for an entry, and for all in it if it is a folder; False where one can't be."""
+    """Add the jobs for an entry, and for all in it if it is a folder."""
     if entry["type"] == "file":
         path = local_path(entry["name"].rsplit("/", 1)[-1], out)
         return add_job(jobs, Get, client, entry["name"], path, entry["size"], "-f" in options)
@@ -1475,15 +1474,13 @@ def local_path(name, out):
 
 def add_folder(client, name, options, out, jobs):
     top = local_path(name.rsplit("/", 1)[-1], out)
-    well = True
     for entry in client.ls(name, recursive=True):
         path = os.path.join(top, *map(to_disk, entry["parts"]))
         if entry["type"] == "dir":
             os.makedirs(path, exist_ok=True)
         else:
-            well &= add_job(jobs, Get, client, name + "/" + entry["name"], path, entry["size"], "-f" in options)
+            add_job(jobs, Get, client, name + "/" + entry["name"], path, entry["size"], "-f" in options)
     os.makedirs(top, exist_ok=True)
-    return well
 
 
 def do_ls(client, options, names):
@@ -1524,21 +1521,25 @@ def do_lls(client, options, names):
 
 def do_help(client, options, names):
     """help [COMMAND]               this list; ? is short for it"""
-    for name in names or ["put", "get", "ls", "lcd", "lls", "help"]:
+    for name in names or ["put", "get", "ls", "lcd", "lls", "help", "exit"]:
         if name not in COMMANDS:
             raise Usage("no command %s; help lists them" % name)
         say(COMMANDS[name][0].__doc__)
     if not names:
         say("!COMMAND                       run a command of this machine's shell")
-        say("exit() exit quit bye           leave; so does Ctrl-D")
     return True
+
+
+def do_leave(client, options, names):
+    """exit() exit quit bye         leave; so does Ctrl-D"""
+    sys.exit()
 
 
 COMMANDS = {                # word: (function, letters of its options, fewest and most names)
     "put": (do_put, "r", 1, math.inf), "get": (do_get, "rfo:", 1, math.inf), "ls": (do_ls, "", 0, 1),
     "lcd": (do_lcd, "", 0, 1), "lls": (do_lls, "", 0, 1), "help": (do_help, "", 0, 1), "?": (do_help, "", 0, 1),
 }
-LEAVE = ("exit()", "exit", "quit", "bye")
+COMMANDS.update((word, (do_leave, "", 0, 0)) for word in ("exit()", "exit", "quit", "bye"))
 WILD = re.compile(r"[*?\[]")
 
 
@@ -1557,7 +1558,7 @@ def run_command(client, words):
     """Run one command; True where all went well. Whatever fails is one line, on stderr."""
     try:
         function, options, names = parse_command(words)
-        client.left_out = []
+        client.left_out, client.failed = [], []
         well = function(client, options, names)
         for text in client.left_out:
             note(text)
@@ -1582,8 +1583,6 @@ def command_fanout(client):
         line = None
         try:
             line = input(">>>").strip()
-            if line in LEAVE:
-                return
             if line.startswith("!"):
                 os.system(line[1:])
             elif line:

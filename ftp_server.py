@@ -135,6 +135,8 @@ CODES = {getattr(errno, name): code for code, names in {
 def refusal_of(error):
     """The Refusal that an OSError of the file system amounts to."""
     text = os.strerror(error.errno) if error.errno else "the file system failed"
+    if error.errno == errno.ELOOP:
+        text = "a symbolic link"        # which is never followed
     return Refusal(CODES.get(error.errno, "server-error"), text)
 
 
@@ -859,7 +861,7 @@ class Wire:
                     continue        # slow but steady: a socket is writable again only when much of its queue is gone
                 await announce(BLOCKS)      # what this ends closes and removes files
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
-                               else "a header took longer than %g seconds" % HEADER_TIME) from None
+                               else "a header was not complete in time") from None
             except OSError as error:
                 await announce(BLOCKS)
                 raise Gone(error.strerror) from None
@@ -965,7 +967,7 @@ class Session:
 
     run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
     __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "doing", "payload", "answering",
-                 "resumed")
+                 "resumed", "told")
 
     def __init__(self, service, sock, address, full):
         sock.setblocking(False)
@@ -979,6 +981,7 @@ class Session:
         self.doing = "request"      # what it asks for, for the log
         self.payload = None         # bytes of a put still to come before its last line; None: no put
         self.answering = False      # between the first and the last line of an answer
+        self.told = False           # whether the log tells already what went wrong
         self.resumed = None         # the Upload that a resume left open for the put to come
 
     def cut(self):
@@ -1005,7 +1008,7 @@ class Session:
         try:
             if self.payload is not None and not await self.skip_payload():
                 return False
-            self.payload, self.answering, self.doing = None, False, "request"
+            self.payload, self.answering, self.doing, self.told = None, False, "request", False
             first = await self.wire.peek()
             self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
             await (self.do_framed() if self.framed else self.do_classic())
@@ -1023,7 +1026,8 @@ class Session:
 
     async def refuse(self, refusal):
         """Tell the client why not; True where the conversation can go on."""
-        LOG.warning("%s %s refused: %s: %s", self.peer, self.doing, refusal.code, refusal)
+        if not self.told:
+            LOG.warning("%s %s refused: %s: %s", self.peer, self.doing, refusal.code, refusal)
         if self.answering or not self.framed:
             if isinstance(refusal, TimedOut):
                 raise refusal       # a peer that doesn't read
@@ -1051,6 +1055,7 @@ class Session:
             yield
         except BaseException as error:
             result = "cut: the server stops" if isinstance(error, GeneratorExit) else "failed: %s" % error
+            self.told = True
             raise
         finally:
             seconds = time.monotonic() - start
@@ -2165,10 +2170,12 @@ def main(argv=None):
 
     def stop(signal_number, frame):
         server.service.stopping = True
+        for known in stopping:
+            signal.signal(known, signal.SIG_IGN)            # a second one would kill us in the middle of the end
+    stopping = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), stop)
+        for known in stopping:
+            signal.signal(known, stop)
     if not options.no_discovery:
         try:
             server.start_discovery()

@@ -2100,6 +2100,19 @@ def test_stop_cuts_what_is_under_way_and_it_can_be_resumed(mode, folder, how):
 
 @posix
 @in_all_modes_at_once
+def test_ctrl_c_again_and_again_ends_it_no_worse(mode, folder):
+    with serve(mode, folder) as server:
+        deadline = time.monotonic() + 5
+        while server.process.poll() is None and time.monotonic() < deadline:
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.003)
+        assert server.process.returncode == 0
+        server.stopped = True
+        server.check_log()
+
+
+@posix
+@in_all_modes_at_once
 def test_stop_does_not_wait_for_a_slow_disk(mode, folder):
     faults, data = Faults(folder), content(1000)
     with serve(mode, folder, faults=faults) as server, server.peer() as peer:
@@ -2942,6 +2955,16 @@ def test_log_tells_every_transfer_in_one_escaped_line(mode, folder):
     assert "\x1b" not in server.log()
 
 
+@in_all_modes_at_once
+def test_log_tells_a_failed_transfer_once(mode, folder):
+    with serve(mode, folder) as server, server.peer() as peer:
+        assert peer.ask(put_header("x", b"123"), b"123", {"sha256": sha(b"other")})["code"] == "mismatch"
+        assert peer.ask({"cmd": "get", "name": "none"})["code"] == "not-found"
+        server.stop()
+        assert [re.search("(put x|get none).*(failed|refused)", line).groups()
+                for line in server.log().splitlines() if "WARNING" in line] == [("put x", "failed"), ("get none", "refused")]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @in_all_modes_at_once
 def test_name_that_the_terminal_lacks_never_raises(mode, folder, encoding):
@@ -3065,14 +3088,24 @@ def test_client_moves_any_size(lone, work, options):
 
 def test_several_files_go_on_after_a_failure_and_the_summary_names_it(lone, work):
     fill(work, {"a": b"a", "b": b"b"})
-    done = client(lone, "put", "a", "missing", "b", cwd=work)
-    assert done.code == 1 and "missing" in done.out + done.err
+    done = client(lone, "put", "a", "missing", "b", "lost*", cwd=work)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("2 of 4 done") and done.err.endswith("; failed: missing, lost*\n")
     assert lone.uploads() == {"a": b"a", "b": b"b"}
     lone.serves("c", b"c")
     lone.serves("d", b"d")
-    done = client(lone, "get", "c", "nowhere", "d", cwd=work)
-    assert done.code == 1 and "nowhere" in (done.out + done.err).splitlines()[-1]
+    done = client(lone, "get", "c", "nowhere", "d", "../c", "none*", cwd=work)
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("2 of 5 done")
+    assert done.err.endswith("; failed: ../c, none*, nowhere\n")
     assert tree(work, hidden=True) == {"a": b"a", "b": b"b", "c": b"c", "d": b"d"}
+
+
+def test_empty_name_is_no_name(lone, work):
+    lone.serves("x", b"x")
+    for arguments in (["get", ""], ["get", "-r", ""], ["ls", ""], ["put", ""]):
+        done = client(lone, *arguments, cwd=work)
+        assert done.code == 1 and done.err.count("\n") == 1
+    assert tree(work) == {} and lone.uploads() == {}
 
 
 def test_wildcards_are_expanded_by_the_client(lone, work):
@@ -3288,7 +3321,7 @@ def test_refused_connection_is_one_helpful_line(work):
     with listen() as sock:
         port = sock.getsockname()[1]
     start = time.monotonic()
-    helpless(client(port, "ls", cwd=work), "127.0.0.1", str(port), "running")
+    helpless(client(port, "ls", cwd=work), "127.0.0.1", str(port), "running", "address", "firewall")
     assert time.monotonic() - start < 3  # the first connection is tried once
 
 
@@ -3341,7 +3374,7 @@ def test_file_that_always_breaks_the_connection_fails_alone(work):
 
     with fake_server(get=get) as (port, headers):
         done = client(port, "get", "bad", "good", "better", "--retries", "2", cwd=work, patch=patch)
-    assert done.code == 1 and "bad: connection lost" in done.err and "2 of 3 done" in done.err
+    assert done.code == 1 and "bad: given up" in done.err and "2 of 3 done" in done.err
     assert tree(work) == {"good": b"1234567890", "better": b"1234567890"}
     assert asked["bad"] == 3
 
@@ -3831,6 +3864,11 @@ def test_prompt_through_a_pipe(lone, work):
     assert "never.txt" not in everything
 
 
+def test_word_that_ends_a_session_may_be_the_command(work):
+    assert client(1, "exit", cwd=work) == client(1, "quit", cwd=work) == (0, "", "")
+    assert client(1, "exit", "now", cwd=work).code == 2
+
+
 @at_once_for({"exit()": "exit()\n", "exit": "exit\n", "quit": "quit\n", "bye": "bye\n", "Ctrl-D": ""})
 def test_words_that_end_the_session(typed, work, lone_shared):
     assert client(lone_shared, cwd=work, given=typed).code == 0
@@ -4054,6 +4092,14 @@ def test_progress_bar_is_never_wider_than_the_terminal(lone, work, columns):
     bars = [piece for piece in pieces if "%" in piece]
     assert bars and all(width(bar) <= columns for bar in bars), bars
     assert tree(work) == {name: data, "empty": b""}
+
+
+@terminal
+def test_progress_bar_shows_even_a_quick_transfer_to_its_end(lone, work):
+    lone.serves("x", content(MIB))
+    with Terminal(lone.port, work, "get", "x") as term:
+        assert term.end() == 0
+    assert re.search(r"\rx +100% 1\.0 MB", term.shown)
 
 
 @terminal
@@ -4772,7 +4818,7 @@ def test_readme_lists_every_option(script, title, tmp_path):
 
 
 def test_readme_lists_every_command_and_every_error_code():
-    commands = re.findall(r"^\| `(\w+|\?)", sections(readme())["The client"], re.MULTILINE)
+    commands = re.findall(r"(?:^\|| ) ?`(\w+(?:\(\))?)", sections(readme())["The client"], re.MULTILINE)
     assert set(ftp_client.COMMANDS) - {"?"} <= set(commands)
     protocol = sections(readme())["The protocol"]
     assert set(ftp_server.COMMANDS) == set(re.findall(r'^\| `\{"cmd":"(\w+)"', protocol, re.MULTILINE))
