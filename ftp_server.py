@@ -67,7 +67,7 @@ RECEIVE = 1 << 19          # bytes of an upload that are collected before they a
 SLICE = 1 << 18            # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
-HASH_SLICE = 1 << 22       # bytes hashed or compared between two chances for others to go first
+HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WRITE_TIME = 0.05          # seconds without a further byte after which what came is written to the partial file
@@ -81,7 +81,8 @@ DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
 AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # of the sessions that want to, as many may
-STUCK = 0.2                # seconds after which one that stands still is not counted among them
+STUCK = 0.5                # seconds after which one that stands still is not counted among them
+ACCEPTS = 32               # connections that are accepted before those there are have their turn
 REQUESTS = 32              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
@@ -1150,9 +1151,8 @@ class Session:
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
         view = memoryview(bytearray(min(CHUNK, stop - offset)))
         download.file.seek(offset)
-        kind = COMPUTES if stop - offset > CHUNK else BLOCKS    # a small one is done before its turn would come
         while offset < stop:
-            await announce(kind)
+            await announce(COMPUTES)
             count = download.file.readinto(view[:stop - offset])
             offset = download.advance(offset, count)
             if digest:
@@ -1446,46 +1446,46 @@ else:
 
 class Turns:
     """Lets only so many do some kind of work at a time; the others wait in line. Whoever stands still, as for a disk
-    that hangs, is counted among them for STUCK seconds only: then another one may go instead."""
+    that hangs, is counted among them for about STUCK seconds only: then another one may go instead."""
 
-    def __init__(self, count):
-        self.lock, self.free, self.line = threading.Lock(), count, collections.deque()
-        self.replaced = 0                   # turns that aren't counted any more
-        self.changes = self.seen = 0        # beginnings and ends up to now, and up to the last look
+    def __init__(self, limit):
+        self.lock, self.limit = threading.Lock(), limit
+        self.begun, self.line = {}, collections.deque()     # who: when; only of those that count
         self.next_look = 0.0
 
     def take(self, who):
         """True where it is who's turn at once; else who is in line, for end() or relieve() to return."""
         with self.lock:
-            if not self.free:
-                self.line.append(who)
+            self.line.append(who)
+            if len(self.begun) == self.limit:
                 return False
-            self.free -= 1
-            self.changes += 1
+            self.begin()                    # nobody else is in line then
             return True
 
-    def end(self, start):
-        """End the turn that began at start; who is next, or None."""
-        with self.lock:
-            self.changes += 1
-            if self.replaced and time.monotonic() - start > STUCK:
-                self.replaced -= 1
-            elif self.line:
-                return self.line.popleft()
-            else:
-                self.free += 1
-        return None
+    def begin(self):
+        """Give a turn to the first in line and return who that is, or None."""
+        if not self.line:
+            return None
+        who = self.line.popleft()
+        self.begun[who] = time.monotonic()
+        return who
+
+    def end(self, who):
+        """End who's turn; who is next, or None."""
+        with self.lock:                     # one that stood still was counted out: another one went instead
+            return self.begin() if self.begun.pop(who, None) is not None else None
 
     def relieve(self):
-        """Called again and again: who may go instead of one that stands still, or None."""
+        """Called again and again: those who may go instead of as many that stand still."""
         now = time.monotonic()
         if now < self.next_look:
-            return None
+            return []
+        self.next_look = now + STUCK
         with self.lock:
-            stuck = self.line and self.changes == self.seen     # so all turns began before the last look
-            self.next_look, self.seen = now + STUCK, self.changes
-            self.replaced += bool(stuck)
-            return self.line.popleft() if stuck else None
+            late = [who for who, start in self.begun.items() if now - start > STUCK][:len(self.line)]
+            for who in late:
+                del self.begun[who]
+            return [self.begin() for _ in late]
 
 
 class FtpHandler(socketserver.BaseRequestHandler):
@@ -1522,11 +1522,10 @@ class FtpHandler(socketserver.BaseRequestHandler):
         gate.acquire()
         if not turns.take(gate):
             gate.acquire()              # waits for the thread whose turn ends
-        start = time.monotonic()
         try:
             return steps.send(None)
         finally:
-            following = turns.end(start)
+            following = turns.end(gate)
             if following:
                 following.release()
 
@@ -1581,8 +1580,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def service_actions(self):
         super().service_actions()
-        gate = self.computing.relieve()
-        if gate:
+        for gate in self.computing.relieve():
             gate.release()
 
     def get_request(self):
@@ -1759,14 +1757,15 @@ class SelectFtpServer:
                 LOG.exception("bug in %s", callback.__name__)
         self.expire()
         for turns in self.turns.values():
-            task = turns.relieve()
-            if task:
+            for task in turns.relieve():
                 self.workers.submit(self.work, task)
 
     def accept(self, sock, mask):
         """Callback of the listening socket."""
-        taken = self.service.accept(sock)
-        if taken:
+        for _ in range(ACCEPTS):
+            taken = self.service.accept(sock)
+            if not taken:
+                break
             conn, address = taken
             self.dic[conn] = task = Task(self.service.welcome(conn, address), conn)
             self.wait(task, task.advance())
@@ -1816,13 +1815,17 @@ class SelectFtpServer:
     def work(self, task):
         """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
         while task:
-            turns, start = self.turns[task.away], time.monotonic()
+            turns = self.turns[task.away]
             wait = task.advance()
             while not turns.line and not self.service.stopping and self.goes_on(task.away, wait):
                 wait = task.advance()
-            following = turns.end(start)
+            following = turns.end(task)
             if wait in AT_ONCE and not self.service.stopping:
-                self.send_away(task, wait)
+                task.away = wait
+                if self.turns[wait].take(task):                 # work of another kind, which this thread does too
+                    if following:
+                        self.workers.submit(self.work, following)
+                    following = task
             else:
                 self.back.append((task, wait))
                 with contextlib.suppress(BlockingIOError):      # full: the loop will wake anyway

@@ -1849,13 +1849,13 @@ def test_clients_that_put_one_file_at_once_store_it_once(server):
 
 
 def list_for(server, seconds):
-    """List again and again while a slow thing is under way; no listing takes more than a second."""
+    """List again and again while a slow thing is under way; no listing takes more than two seconds."""
     end = time.monotonic() + seconds
     with server.peer() as peer:
         while time.monotonic() < end:
             start = time.monotonic()
             peer.ls()
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < 2
 
 
 @posix
