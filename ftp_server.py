@@ -1795,7 +1795,8 @@ class SelectFtpServer:
         if wait == "done" or wait in AT_ONCE and self.service.stopping:
             self.close(task)
         elif wait in AT_ONCE:
-            self.send_away(task, wait)
+            if self.has_turn(task, wait):
+                self.workers.submit(self.work, task)
         else:
             sock, event, timeout = wait
             if not task.event:
@@ -1806,11 +1807,10 @@ class SelectFtpServer:
             task.deadline = time.monotonic() + timeout
             self.set_alarm(task)
 
-    def send_away(self, task, kind):
-        """Have a worker run a session, when it is its turn."""
+    def has_turn(self, task, kind):
+        """True where a worker may run a session at once; else the session is in line."""
         task.away = kind
-        if self.turns[kind].take(task):
-            self.workers.submit(self.work, task)
+        return self.turns[kind].take(task)
 
     def work(self, task):
         """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
@@ -1821,8 +1821,7 @@ class SelectFtpServer:
                 wait = task.advance()
             following = turns.end(task)
             if wait in AT_ONCE and not self.service.stopping:
-                task.away = wait
-                if self.turns[wait].take(task):                 # work of another kind, which this thread does too
+                if self.has_turn(task, wait):                   # in this thread
                     if following:
                         self.workers.submit(self.work, following)
                     following = task
@@ -2171,11 +2170,12 @@ def main(argv=None):
         say("ftp_server.py: %s" % error, sys.stderr)
         return 1
 
+    stopping = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
     def stop(signal_number, frame):
         server.service.stopping = True
         for known in stopping:
             signal.signal(known, signal.SIG_IGN)            # a second one would kill us in the middle of the end
-    stopping = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():
         for known in stopping:
             signal.signal(known, stop)
