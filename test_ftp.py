@@ -2088,6 +2088,7 @@ def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
         for _ in range(80):
             peer = stack.enter_context(server.peer())
             peer.send({"cmd": "get", "name": "huge", "offset": 16 * GIB, "sha256": sha(b"")})
+        assert server.alive()  # all have come
         list_for(server, 1.2)
         peer.sock.settimeout(0.01)
         with pytest.raises(socket.timeout):
