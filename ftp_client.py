@@ -52,6 +52,7 @@ WORK_RATE = 5e6            # bytes a second that a server hashes, or the origina
 FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a broken connection
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
+UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}\.partial", re.DOTALL)      # all of that file's name, see Target
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
@@ -411,9 +412,20 @@ def open_source(path):
 
 
 def state(file):
-    """What changes when somebody writes to an open file."""
+    """What changes, most likely, when somebody writes to an open file."""
     info = os.fstat(file.fileno())
     return info.st_size, info.st_mtime_ns
+
+
+def changed(file, before):
+    """Tell whether somebody wrote to an open file since fstat(2) told before.
+
+    Writing changes ctime; so does losing a name to a newer file, which leaves the content as it was. What else
+    changes it, as a new owner does, counts as writing: nobody could tell."""
+    now = os.fstat(file.fileno())
+    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        return True
+    return now.st_nlink == before.st_nlink and now.st_ctime_ns != before.st_ctime_ns
 
 
 def work_time(size):
@@ -470,9 +482,10 @@ class Target:
     def __init__(self, path):
         self.path = path
         self.folder, name = os.path.split(path)
-        room = NAME_LIMIT - len("." + PARTIAL)
-        name = to_disk(unicode_name(name).encode("utf-8")[:room].decode("utf-8", "ignore"))
-        self.partial = os.path.join(self.folder, "." + name + PARTIAL)
+        name = unicode_name(name).encode("utf-8")
+        end = ".%s%s" % (hashlib.sha256(name).hexdigest()[:16], PARTIAL)       # so that no user's file has this name
+        name = to_disk(name[:NAME_LIMIT - len("." + end)].decode("utf-8", "ignore"))
+        self.partial = os.path.join(self.folder, "." + name + end)
         self.file = None
 
     def open(self):
@@ -616,31 +629,30 @@ class Put(Job):
         super().__init__(client, name, size)
         self.path, self.name = path, remote_name(name)
         self.alone = size > SMALL or client.classic
-        self.hashed = None, None    # ((state of the file, offset), digest up to there)
+        self.hashed = None, None    # ((id of the upload, offset), digest up to there)
 
     def ask(self):
         with open_source(self.path) as file:
             self.client.step("put %s: the server gets name and size first, then the bytes" % self.label)
-            before = state(file)
-            self.resize(before[0])
-            mtime = os.fstat(file.fileno()).st_mtime
+            before = os.fstat(file.fileno())
+            self.resize(before.st_size)
             if self.size > SMALL and not self.alone:
                 raise Failed("the file grew meanwhile: try again")
             if self.size <= SMALL:
-                self.send_small(file, before, mtime)
+                self.send_small(file, before)
             else:
-                self.send_large(file, before, mtime)
+                self.send_large(file, before)
 
     def header(self, mtime, **more):
         verify = {} if self.client.verify else {"verify": False}
         self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **dict(more, **verify))
 
-    def send_small(self, file, before, mtime):
+    def send_small(self, file, before):
         data = file.read(self.size + 1)
-        if len(data) != self.size or state(file) != before:
+        if len(data) != self.size or changed(file, before):
             raise Failed("the file changed while it was read: try again")
         self.went_on_at(0)
-        self.header(mtime)
+        self.header(before.st_mtime)
         self.client.payload("->", len(data))
         self.client.link.send(data)
         self.last_line(hashlib.sha256(data))
@@ -650,31 +662,35 @@ class Put(Job):
         self.sha256 = digest.hexdigest() if digest and self.client.verify else None
         self.client.link.request(sha256=self.sha256)
 
-    def send_large(self, file, before, mtime):
-        ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(before)])
+    def send_large(self, file, before):
+        ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(state(file))])
                                .encode("utf-8", "surrogateescape")).hexdigest()
-        offset, digest = self.agree_on_offset(file, before, ident)
+        offset, digest = self.agree_on_offset(file, ident)
         self.went_on_at(offset)
-        self.header(mtime, offset=offset, id=ident)
+        self.header(before.st_mtime, offset=offset, id=ident)
         self.client.payload("->", self.size - offset)
         try:
-            self.stream(file, offset, digest if self.client.verify else None)
-            if state(file) != before:
+            try:
+                self.stream(file, offset, digest if self.client.verify else None)
+            except Broken:
+                self.listen()       # it may say why it takes no more
+                raise
+            if changed(file, before):
                 raise Failed("the file changed while it was sent: try again")
         except BaseException:       # unfinished: what is sent next must not be taken for the rest of it
             self.client.close()
             raise
         self.last_line(digest)
 
-    def agree_on_offset(self, file, before, ident):
+    def agree_on_offset(self, file, ident):
         """Ask how much of the file the server has, and believe it only if the hash is ours: (offset, digest)."""
         link = self.client.link
         self.client.step("resume: what is there already of an interrupted put, and is it the same?")
         link.request(cmd="resume", name=self.name, size=self.size, id=ident)
         offset, sha256 = fields(link.answer(work_time(self.size)), "offset", "sha256")
         if 0 < offset <= self.size:
-            if self.hashed[0] != (before, offset):      # kept: should the server lose patience, the next try has it
-                self.hashed = (before, offset), hash_file(file, offset)
+            if self.hashed[0] != (ident, offset):       # kept: should the server lose patience, the next try has it
+                self.hashed = (ident, offset), hash_file(file, offset)
             digest = self.hashed[1].copy()
             if digest.hexdigest() == (sha256 or "").lower():
                 return offset, digest
@@ -743,8 +759,8 @@ class Put(Job):
         if "|" in self.name:
             raise Failed("the classic dialect can't send a name with |")
         with open_source(self.path) as file:
-            before = state(file)
-            self.resize(before[0])
+            before = os.fstat(file.fileno())
+            self.resize(before.st_size)
             link = self.client.link
             link.send(self.client.text("->", "put|%s|%d" % (self.name, self.size)))
             if self.client.classic_answer(rb"OK") is None:
@@ -755,7 +771,7 @@ class Put(Job):
                 self.stream(file, 0, None)
             except Broken as error:         # the original would append what is sent again
                 raise Failed("%s; the server may have stored a part" % error)
-            if state(file) != before:
+            if changed(file, before):
                 raise Failed("the file changed while it was sent: what the server has is a mixture")
             link.sock.shutdown(socket.SHUT_WR)
             # The original drops what it hasn't read of one connection when the next one asks; some close when done.
@@ -793,6 +809,8 @@ class Get(Job):
 
     def __init__(self, client, name, path, size, replace):
         super().__init__(client, name, size)
+        if UNFINISHED.fullmatch(os.path.basename(path)):
+            raise Refusal("bad-name", "a get that was never finished left it there")
         self.name, self.target, self.replace = name, Target(path), replace
         self.hint = None            # (length, digest) of a local file that may be the same
         self.hashed = None, None    # (its state, digest)
@@ -1072,9 +1090,11 @@ class FtpClient:
                 self.link.ahead.clear()
                 return match
             try:
-                self.link.fill()
-            except HungUp:              # the classic way to refuse
-                break
+                self.link.fill(HEADER_TIME if self.link.ahead else None)
+            except Broken as error:
+                if self.link.ahead or isinstance(error, HungUp):        # the latter is the classic way to refuse
+                    break
+                raise
         return None
 
     def do_classic(self, job):
@@ -1116,6 +1136,10 @@ class FtpClient:
         if not self.options.quiet:
             self.bar.clear()
             say("%s: %s" % (job.label, job.outcome))
+
+    def stopped(self):
+        """What to say at Ctrl-C."""
+        return "stopped" + ("; the same command goes on where it was" if self.bar.files and not self.classic else "")
 
     def summary(self, wanted, seconds):
         moved = self.bar.moved
@@ -1162,7 +1186,7 @@ class FtpClient:
         name = "a line"
         try:
             entry = decode(line)
-            name, _, _ = fields(entry, "name", "size", "mtime")
+            name, _, entry["mtime"] = fields(entry, "name", "size", "mtime")
             entry["parts"] = split_name(name)
             return entry if entry.get("type") in ("file", "dir") else None
         except (BadMessage, Refusal) as error:
@@ -1379,7 +1403,7 @@ def add_put(client, path, recursive, jobs):
         if not folders and not files:
             add_job(jobs, MakeFolder, client, name)
         for file in sorted(files):
-            if not (file.startswith(".") and file.endswith(PARTIAL)):       # what a get has begun here
+            if not UNFINISHED.fullmatch(file):          # what a get has begun here
                 file_path = os.path.join(folder, file)
                 add_job(jobs, Put, client, file_path, os.path.join(name, file), size_of(file_path))
         for link in folders:
@@ -1477,7 +1501,10 @@ def add_folder(client, name, options, out, jobs):
     for entry in client.ls(name, recursive=True):
         path = os.path.join(top, *map(to_disk, entry["parts"]))
         if entry["type"] == "dir":
-            os.makedirs(path, exist_ok=True)
+            try:
+                os.makedirs(path, exist_ok=True)
+            except OSError as error:
+                client.fail(name + "/" + entry["name"], reason(error))
         else:
             add_job(jobs, Get, client, name + "/" + entry["name"], path, entry["size"], "-f" in options)
     os.makedirs(top, exist_ok=True)
@@ -1526,7 +1553,7 @@ def do_help(client, options, names):
             raise Usage("no command %s; help lists them" % name)
         say(COMMANDS[name][0].__doc__)
     if not names:
-        say("!COMMAND                       run a command of this machine's shell")
+        say("!COMMAND                     run a command of this machine's shell")
     return True
 
 
@@ -1558,7 +1585,7 @@ def run_command(client, words):
     """Run one command; True where all went well. Whatever fails is one line, on stderr."""
     try:
         function, options, names = parse_command(words)
-        client.left_out, client.failed = [], []
+        client.left_out, client.failed, client.bar = [], [], Bar(0, 0, False)
         well = function(client, options, names)
         for text in client.left_out:
             note(text)
@@ -1592,8 +1619,8 @@ def command_fanout(client):
         except ValueError:
             note("that line is not text in this terminal's encoding")
         except KeyboardInterrupt:
-            note("stopped; the same command goes on where it was" if line else "")
-        except EOFError:
+            note(client.stopped() if line else "")
+        except (EOFError, OSError):         # the latter: nobody reads what is printed
             return say("")
 
 
@@ -1705,7 +1732,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--classic", action="store_true", help="speak the original's dialect")
     add("--no-verify", action="store_true", help="don't hash what is moved")
-    add("--retries", type=count, default=5, metavar="N", help="how often a broken connection is taken up (default: %(default)s)")
+    add("--retries", type=count, default=5, metavar="N", help="tries in a row to take up a broken connection (default: %(default)s)")
     add("--timeout", type=seconds, default=60, metavar="SECONDS", help="until a silent server is given up (default: %(default)s)")
     add("--find", nargs="?", const="255.255.255.255", metavar="ADDRESS", help="ask the network which servers there are")
     add("--explain", action="store_true", help="show every message that crosses the wire")
@@ -1717,7 +1744,7 @@ def parse_args(argv=None):
     for word in words[:2]:
         if word.startswith("-") and len(word) > 1:
             parser.error("unrecognized option %s" % word)
-    options.host = words[0] if words else "127.0.0.1"
+    options.host = words[0].strip("[]") if words else "127.0.0.1"       # an IPv6 address as the server prints it
     options.command = words[2:]
     try:
         options.port = port(words[1]) if len(words) > 1 else PORT
@@ -1752,7 +1779,7 @@ def main(argv=None):
         note(str(error))
         return 1
     except KeyboardInterrupt:
-        note("stopped; the same command goes on where it was")
+        note(client.stopped())
         return 130
     finally:
         client.close()

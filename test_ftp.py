@@ -428,45 +428,36 @@ import array, gc, json, os, signal, socket, struct, sys
 here, number = sys.argv[1:]
 sys.path.insert(0, here)
 import ftp_client, ftp_server
-requests, reports = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, int(number)), {}
+requests = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, int(number))
 if hasattr(gc, "freeze"):
     gc.freeze()  # a process need not look at what was here before it
-
-def reap(*signal_and_frame):
-    while reports:
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if not process:
-            break
-        os.write(reports[process], struct.pack("i", -(status & 127) or status >> 8))
-        os.close(reports.pop(process))
-
-signal.signal(signal.SIGCHLD, reap)
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
 while True:
     line, ancillary = requests.recvmsg(65536, socket.CMSG_SPACE(64))[:2]
     if not line:
         requests.close()
         sys.exit()
     while not line.endswith(b"\\n"):
-        line += requests.recv(65536)
+        line += requests.recv(65536) or sys.exit()
     files = array.array("i", ancillary[0][2])
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until its report is known
-    process = os.fork()
-    if not process:
+    if not os.fork():
         break
-    reports[process] = files.pop()
-    os.write(reports[process], struct.pack("i", process))
     for file in files:
         os.close(file)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
-signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+# The keeper of one process: starts it, waits for it, reports both.
 requests.close()
-os.close(files.pop())
-for report in reports.values():
-    os.close(report)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+report = files.pop()
+process = os.fork()
+if process:
+    os.write(report, struct.pack("i", process))
+    status = os.waitpid(process, 0)[1]
+    os.write(report, struct.pack("i", -(status & 127) or status >> 8))
+    os._exit(0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.close(report)
 for number, file in enumerate(files):
     os.dup2(file, number)
     os.close(file)
@@ -493,26 +484,25 @@ class Forked:
         assert command[:len(PYTHON) + 1] == PYTHON + ["-c"]
         request = {"arguments": [os.fsdecode(word) for word in command[len(PYTHON) + 1:]], "cwd": cwd,
                    "environment": environment}
-        self.report, report = os.pipe()
-        try:
-            numbers = array.array("i", [file.fileno() for file in files] + [report])
-            line = json.dumps(request).encode("ascii") + b"\n"
-            with self.lock:
-                sent = self.template.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
-                self.template.sendall(line[sent:])
-        finally:
+        reports, report = os.pipe()
+        self.report = open(reports, "rb", 0)  # left open, as of a process that nobody waits for, it fails the test
+        numbers = array.array("i", [file.fileno() for file in files] + [report])
+        line = json.dumps(request).encode("ascii") + b"\n"
+        with self.lock:
+            sent = self.template.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
+            self.template.sendall(line[sent:])
             os.close(report)
-        self.returncode, self.pid = None, self.reported()
+            self.returncode, self.pid = None, self.reported()
 
     def reported(self):
-        return struct.unpack("i", os.read(self.report, 4))[0]
+        return struct.unpack("i", self.report.read(4))[0]
 
     def wait(self, timeout):
         if self.returncode is None:
             if not select.select([self.report], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("process %d" % self.pid, timeout)
             self.returncode = self.reported()
-            os.close(self.report)
+            self.report.close()
         return self.returncode
 
     def poll(self):
@@ -1803,10 +1793,10 @@ def test_silent_peers_are_dropped(mode, folder):
 
         def dropped(*parts, told=True, settle=lambda peer: None):
             """Send parts and then nothing; the server ends it after a second, and says why where it can."""
+            start = time.monotonic()
             with server.peer() as peer:
                 peer.send(*parts)
                 settle(peer)
-                start = time.monotonic()
                 answer = peer.rest()
                 assert 0.5 < time.monotonic() - start < 4
                 assert not told or json.loads(answer.decode("utf-8"))["code"] == "timeout"
@@ -1828,8 +1818,8 @@ def test_peer_that_never_reads_is_dropped(mode, folder):
     with serve(mode, folder, "--timeout", "1", "--max-clients", "1") as server:
         sparse(os.path.join(server.download, "big"), 256 * MIB)
         with server.peer() as peer:
-            peer.send({"cmd": "get", "name": "big"})
             start = time.monotonic()
+            peer.send({"cmd": "get", "name": "big"})
             wait_for(server.alive, 10)
             assert time.monotonic() - start > 0.5
             assert len(peer.rest()) < 256 * MIB
@@ -2123,9 +2113,10 @@ def test_clients_that_send_requests_without_end_make_nobody_else_wait(mode, fold
 def test_clients_that_are_gone_take_no_memory(mode, folder):
     with serve(mode, folder) as server:
         def come_and_go(count):
-            for _ in range(count):
+            for number in range(count):
                 with server.peer() as peer:
                     peer.send(b'{"cmd":"' + bytes(60000))
+                assert number % 25 or server.alive()  # so it is not far behind
             assert server.alive()
 
         come_and_go(50)
@@ -3002,6 +2993,7 @@ def test_server_on_ipv6(mode, tmp_path, work):
         (work / "x").write_bytes(b"over IPv6")
         assert client(server, "put", "x", cwd=work).code == 0
         assert server.uploads() == {"x": b"over IPv6"}
+        assert run(launch(CLIENT) + ["[::1]", str(server.port), "ls"], work).code == 0
 
 
 ANY_ADDRESS = """
@@ -3163,6 +3155,8 @@ def test_each_script_runs_alone_with_the_bare_interpreter(mode, folder):
         assert done.code == 0
         assert (there / "upload" / "up.txt").read_bytes() == b"up"
         assert (here / "down.txt").read_bytes() == b"down"
+        process.terminate()
+        assert process.wait(2) == 0 or os.name != "posix"
     finally:
         process.kill()
         process.wait(PATIENCE)
@@ -3317,9 +3311,24 @@ def test_one_file_named_twice_is_fetched_once(lone, work):
     assert tree(work, hidden=True) == {"x": b"x"}
 
 
+def test_file_with_a_name_like_that_of_a_partial_is_neither_lost_nor_overwritten(lone, work):
+    served = {"k": None, "k/.x.partial": b"one", "k/x": b"two", "k/" + partial_name("x"): b"tw"}
+    fill(lone.download, served)
+    fill(work, {".x.partial": b"precious"})
+    assert client(lone, "get", "k/x", cwd=work).code == 0
+    done = client(lone, "get", "-r", "k", cwd=work)
+    assert done.code == 1 and done.err.count(partial_name("x")) == 2  # why, and in the summary
+    assert tree(work, hidden=True) == {"x": b"two", ".x.partial": b"precious", "k": None, "k/x": b"two", "k/.x.partial": b"one"}
+
+
+def partial_name(name):
+    """The name of the hidden file beside what a client fetches."""
+    return ".%s.%s.partial" % (name, sha(name.encode("utf-8"))[:16])
+
+
 def test_files_of_one_name_are_both_fetched_though_one_was_begun_before(lone, work):
     fill(lone.download, {"a/x": b"in a", "b/x": b"in b"})
-    fill(work, {".x.partial": b"in"})
+    fill(work, {partial_name("x"): b"in"})
     assert client(lone, "get", "a/x", "b/x", cwd=work).code == 0
     assert tree(work, hidden=True) == {"x": b"in a", "x-2": b"in b"}
 
@@ -3576,15 +3585,18 @@ def test_later_get_goes_on_if_the_content_is_the_same(lone, work, changed):
     assert changed or proxy.moved["down"] < 510000
 
 
-@pytest.mark.parametrize("change", ["rewritten", "shorter"])
+@pytest.mark.parametrize("change", ["rewritten", "rewritten, with its old time", "shorter"])
 def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, work, change):
     data = content(16 * MIB)
     fill(work, {"x": data})
     with Proxy(lone.port, hold=("up", MIB)) as proxy, ThreadPoolExecutor(1) as pool:
         running = pool.submit(client, proxy.port, "put", "x", "--retries", "0", cwd=work)
         assert proxy.held.wait(PATIENCE)
+        stamp = os.stat(str(work / "x")).st_mtime_ns
         with open(str(work / "x"), "r+b") as file:
-            file.write(content(len(data), 2)) if change == "rewritten" else file.truncate(2 * MIB)
+            file.truncate(2 * MIB) if change == "shorter" else file.write(content(len(data), 2))
+        if "old time" in change:
+            os.utime(str(work / "x"), ns=(stamp, stamp))
         proxy.release()
         done = running.result()
     assert done.code == 1 and re.search("chang|shr[aiu]nk|shorter", done.out + done.err)
@@ -3592,10 +3604,11 @@ def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, wor
 
 
 @posix
-def test_ctrl_c_ends_the_command_with_130(lone, work):
+@pytest.mark.parametrize("classic", [[], ["--classic"]], ids=["framed", "classic"])
+def test_ctrl_c_ends_the_command_with_130(lone, work, classic):
     sparse(os.path.join(lone.download, "big"), 64 * MIB)
     with Proxy(lone.port, hold=("down", MIB)) as proxy:
-        process = subprocess.Popen(PYTHON + [CLIENT, "127.0.0.1", str(proxy.port), "get", "big"], cwd=str(work),
+        process = subprocess.Popen(PYTHON + [CLIENT, "127.0.0.1", str(proxy.port), "get", "big"] + classic, cwd=str(work),
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
         with process:
             try:
@@ -3605,7 +3618,16 @@ def test_ctrl_c_ends_the_command_with_130(lone, work):
             finally:
                 process.kill()
     assert process.returncode == 130 and b"Traceback" not in err
+    assert (b"goes on where it was" in err) == (not classic)
     assert tree(work) == {}
+
+
+def test_folder_that_can_not_be_made_spoils_nothing_else(lone, work):
+    fill(lone.download, {"a/b/c/f": b"f", "a/e": b"e"})
+    fill(work, {"a/b": b"in the way"})
+    done = client(lone, "get", "-r", "a", cwd=work)
+    assert done.code == 1 and "a/b" in done.err and "failed: a" in done.err
+    assert tree(work) == {"a": None, "a/b": b"in the way", "a/e": b"e"}
 
 
 @posix
@@ -3880,6 +3902,42 @@ def test_server_of_another_kind_is_an_error(answers, work):
     assert done.code == 1 and done.err
 
 
+def test_listing_need_not_tell_times(work):
+    line = b'{"name": "a", "type": "file", "size": 1}\n'
+    with fake_server(ls=lambda peer, header: peer.send({"ok": True, "size": len(line)}, line)) as (port, headers):
+        done = client(port, "ls", cwd=work)
+    assert done.code == 0 and re.search(r"1 .* a$", done.out, re.MULTILINE)
+
+
+def test_refusal_of_a_server_that_takes_no_more_is_shown(work):
+    fill(work, {"x": content(20 * MIB)})
+    told = threading.Event()
+
+    def put(peer, header):
+        time.sleep(0.5)  # until nothing more fits on the way
+        peer.send({"ok": False, "code": "disk-full", "error": "no room"})
+        told.wait(PATIENCE)
+
+    with fake_server(resume={"ok": True, "offset": 0, "sha256": sha(b"")}, put=put) as (port, headers):
+        done = client(port, "put", "x", "--timeout", "2", "--retries", "0", cwd=work)
+        told.set()
+    assert done.code == 1 and "no room (disk-full)" in done.err
+
+
+def test_classic_answer_that_is_none_is_told(work):
+    with listen() as listener, ThreadPoolExecutor(1) as pool:
+        def talk():
+            with contextlib.closing(listener.accept()[0]) as sock:
+                sock.recv(1000)
+                sock.sendall(b"NO|1")
+                return sock.recv(1000)
+        talking = pool.submit(talk)
+        done = client(listener.getsockname()[1], "--classic", "get", "x", cwd=work,
+                      patch="import ftp_client; ftp_client.HEADER_TIME = 0.3")
+        assert talking.result(PATIENCE) == b""
+    assert done.code == 1 and "nonsense" in done.err and done.err.count("\n") == 1
+
+
 def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
     fill(work, {"x": b"hello"})
     patch, asked = "import ftp_client; ftp_client.FIRST_PAUSE = 0.1", []
@@ -3898,7 +3956,7 @@ def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
         peer.send({"ok": True, "name": "x", "size": 5, "sha256": sha(b"hello"), "duplicate": False})
 
     with fake_server(late, put=put) as (port, headers):
-        done = client(port, "put", "x", "--retries", "3", "--timeout", "0.5", cwd=work, patch=patch)
+        done = client(port, "put", "x", "--retries", "3", "--timeout", "1", cwd=work, patch=patch)
     assert done.code == 0 and "stored as x" in done.out
     assert len(asked) == 3
 
@@ -4012,6 +4070,14 @@ def test_prompt_through_a_pipe(lone, work):
     for word in ("frob", "there is.txt", "shelly", "missing", "d.txt"):
         assert word in everything
     assert "never.txt" not in everything
+
+
+@linux
+def test_prompt_ends_quietly_where_nothing_can_be_printed(lone, work):
+    command = " ".join(map(shlex.quote, launch(CLIENT) + [lone.host, str(lone.port)]))
+    for sink in ("| head -n 1", "> /dev/full"):
+        done = run(["sh", "-c", "printf 'ls\\nls\\nls\\n' | %s %s" % (command, sink)], work)   # run() looks for a traceback
+        assert "Errno" not in done.err, done
 
 
 def test_word_that_ends_a_session_may_be_the_command(work):
@@ -4244,7 +4310,7 @@ def test_progress_bar_is_never_wider_than_the_terminal(columns, folder, lone):
     data = content(8 * MIB)
     lone.serves(name, data)
     lone.serves(empty, b"")
-    with Proxy(lone.port, hold=("down", 4 * MIB), pause=0.05) as proxy:
+    with Proxy(lone.port, hold=("down", 4 * MIB), pause=0.5) as proxy:
         with Terminal(proxy.port, folder, "get", name, empty, columns=columns) as term:
             term.expect("%")
             assert "100%" not in term.shown
