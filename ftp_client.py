@@ -102,7 +102,7 @@ WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?
 def split_name(name):
     """Check a name that came over the wire and return its parts. Raises Refusal."""
     if UNSAFE.search(name):
-        raise Refusal("bad-name", "a name may not hold a backslash or a control character")
+        raise Refusal("bad-name", "a name may not hold a backslash, a control character or a lone surrogate")
     if len(name.encode("utf-8")) > PATH_LIMIT:
         raise Refusal("bad-name", "the name is longer than %d bytes" % PATH_LIMIT)
     parts = name.split("/")
@@ -169,7 +169,15 @@ def refuse_constant(name):
     raise BadMessage("%s is not JSON" % name)
 
 
-DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
+def refuse_twins(pairs):
+    """dict() for pairs whose keys differ."""
+    message = dict(pairs)
+    if len(message) < len(pairs):
+        raise BadMessage("a key is there twice")
+    return message
+
+
+DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
 
 
 def encode(message):

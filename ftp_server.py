@@ -154,7 +154,7 @@ HAS_DIR_FD = os.open in os.supports_dir_fd
 def split_name(name):
     """Check a name that came over the wire and return its parts. Raises Refusal."""
     if UNSAFE.search(name):
-        raise Refusal("bad-name", "a name may not hold a backslash or a control character")
+        raise Refusal("bad-name", "a name may not hold a backslash, a control character or a lone surrogate")
     if len(name.encode("utf-8")) > PATH_LIMIT:
         raise Refusal("bad-name", "the name is longer than %d bytes" % PATH_LIMIT)
     parts = name.split("/")
@@ -698,7 +698,15 @@ def refuse_constant(name):
     raise BadMessage("%s is not JSON" % name)
 
 
-DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
+def refuse_twins(pairs):
+    """dict() for pairs whose keys differ."""
+    message = dict(pairs)
+    if len(message) < len(pairs):
+        raise BadMessage("a key is there twice")
+    return message
+
+
+DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
 
 
 def encode(message):
@@ -2174,11 +2182,12 @@ def main(argv=None):
 
     def stop(signal_number, frame):
         server.service.stopping = True
-        for known in stopping:
-            signal.signal(known, signal.SIG_IGN)            # a second one would kill us in the middle of the end
-    if threading.current_thread() is threading.main_thread():
-        for known in stopping:
-            signal.signal(known, stop)
+
+    def on_signals(handler):
+        if threading.current_thread() is threading.main_thread():
+            for known in stopping:
+                signal.signal(known, handler)
+    on_signals(stop)
     if not options.no_discovery:
         try:
             server.start_discovery()
@@ -2186,7 +2195,9 @@ def main(argv=None):
             LOG.warning("no discovery on UDP port %d: %s", server.server_address[1], error)
     print_banner(server)
     server.serve_forever()
-    if not server.stop():           # a thread hangs on a disk: leave without it
+    stopped = server.stop()
+    on_signals(signal.SIG_IGN)      # a second one would kill us at the very end
+    if not stopped:                 # a thread hangs on a disk: leave without it
         LOG.warning("stopped; what was under way goes on as partial files")
         logging.shutdown()
         os._exit(0)

@@ -985,6 +985,7 @@ def test_two_hundred_small_uploads_pipelined(server, peer):
     "bare word": b'{cmd:"hello"}\n',
     "comment": b'{"cmd":"hello"/* hi */}\n',
     "NaN": b'{"cmd":"hello","x":NaN}\n',
+    "a key twice": b'{"cmd":"ls","cmd":"hello"}\n',
     "Infinity": b'{"cmd":"hello","x":Infinity}\n',
     "-Infinity": b'{"cmd":"hello","x":-Infinity}\n',
     "not UTF-8": b'{"cmd":"hello","x":"\xff"}\n',
@@ -2248,6 +2249,7 @@ def test_ctrl_c_again_and_again_ends_it_no_worse(mode, folder):
         deadline = time.monotonic() + 5
         while server.process.poll() is None and time.monotonic() < deadline:
             server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
             time.sleep(0.003)
         assert server.process.returncode == 0
         server.stopped = True
@@ -4196,16 +4198,18 @@ signal.pause()
         self.seen = self.shown.index(text, self.seen) + len(text)
 
     def interrupt(self):
-        """Press Ctrl-C until there is a new prompt: Python's input() may miss one just before it waits for keys."""
-        pressed = itertools.count(1)
+        """Press Ctrl-C, each second, until there is a new prompt: input() overlooks one just before it waits for keys."""
+        presses = iter(range(PATIENCE))
         start = time.monotonic()
+        due = next(presses)
 
         def prompted():
-            if time.monotonic() - start > next(pressed):
+            nonlocal due
+            if time.monotonic() - start >= due:
                 self.type("\x03")
+                due = next(presses)
             return ">>>" in self.shown[self.seen:]
 
-        self.type("\x03")
         self.wait_for(prompted)
 
     def end(self):
