@@ -885,6 +885,26 @@ def at_once_for(table):
 in_all_modes_at_once = at_once_for({mode: mode for mode in ftp_server.MODES})
 
 
+def early(test):
+    """Start a test(folder, ...) that mostly waits when the first of its kind is to run: they all wait together."""
+    def run_test(started, request, **arguments):
+        started[request.node.name].result()
+
+    fixtures = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("started", "request")]
+    run_test.__name__, run_test.waiting = test.__name__, test
+    run_test.__signature__ = inspect.Signature(fixtures + list(inspect.signature(test).parameters.values())[1:])
+    return run_test
+
+
+@pytest.fixture(scope="session")
+def started(request, tmp_path_factory):
+    """The early tests that were selected, all under way: {name: its future}."""
+    chosen = [item for item in request.session.items if hasattr(item.function, "waiting")]
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        yield {item.name: pool.submit(item.function.waiting, tmp_path_factory.mktemp("early"),
+                                      **(item.callspec.params if hasattr(item, "callspec") else {})) for item in chosen}
+
+
 @pytest.fixture(scope="module")
 def shared(mode, tmp_path_factory):
     """One server for all tests of a mode that need no options; their files have unique() names."""
@@ -1793,6 +1813,7 @@ def test_folder_swapped_for_a_link_meanwhile_leads_nowhere(mode, folder):
 # ==== Broken peers: time limits, takeover, cuts =====================================================================
 
 
+@early
 @in_all_modes_at_once
 def test_silent_peers_are_dropped(mode, folder):
     with serve(mode, folder, "--timeout", "1") as server:
@@ -1819,6 +1840,7 @@ def test_silent_peers_are_dropped(mode, folder):
         assert server.uploads() == {}
 
 
+@early
 @in_all_modes_at_once
 def test_peer_that_never_reads_is_dropped(mode, folder):
     with serve(mode, folder, "--timeout", "1", "--max-clients", "1") as server:
@@ -1831,6 +1853,7 @@ def test_peer_that_never_reads_is_dropped(mode, folder):
             assert len(peer.rest()) < 256 * MIB
 
 
+@early
 @in_all_modes_at_once
 def test_header_must_be_complete_in_time_however_busy_the_peer(mode, folder):
     assert ftp_server.HEADER_TIME == 10  # seconds: too long to wait for in a test
@@ -1848,6 +1871,7 @@ def test_header_must_be_complete_in_time_however_busy_the_peer(mode, folder):
         at_once(lambda: drip('{"cmd":"'), lambda: drip("get|"))
 
 
+@early
 @in_all_modes_at_once
 def test_slow_but_steady_peer_is_never_cut(mode, folder):
     with serve(mode, folder, "--timeout", "1") as server:
@@ -2152,6 +2176,7 @@ def test_memory_does_not_grow_with_the_file(mode, folder):
 
 
 @linux
+@early
 @in_all_modes_at_once
 def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
@@ -2211,6 +2236,7 @@ def test_out_of_threads_the_server_goes_on(mode, folder):
 
 
 @linux
+@early
 @in_all_modes_at_once
 def test_idle_clients_cost_no_processor_time(mode, folder):
     with serve(mode, folder) as server, contextlib.ExitStack() as stack:
@@ -2263,6 +2289,7 @@ def test_ctrl_c_again_and_again_ends_it_no_worse(mode, folder):
 
 
 @posix
+@early
 @in_all_modes_at_once
 def test_stop_does_not_wait_for_a_slow_disk(mode, folder):
     faults, data = Faults(folder), content(1000)
@@ -3500,6 +3527,7 @@ def test_unknown_host_is_one_helpful_line(work, host):
 
 
 @linux
+@early
 def test_silence_is_one_helpful_line(work):
     with listen(0) as full, listen() as silent, contextlib.ExitStack() as stack:
         for _ in range(5):  # Linux drops what a full backlog can't take
@@ -3917,6 +3945,7 @@ def test_listing_need_not_tell_times(work):
     assert done.code == 0 and re.search(r"1 .* a$", done.out, re.MULTILINE)
 
 
+@early
 def test_refusal_of_a_server_that_takes_no_more_is_shown(work):
     fill(work, {"x": content(20 * MIB)})
     told = threading.Event()
@@ -3946,6 +3975,7 @@ def test_classic_answer_that_is_none_is_told(work):
     assert done.code == 1 and "nonsense" in done.err and done.err.count("\n") == 1
 
 
+@early
 def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
     fill(work, {"x": b"hello"})
     patch, asked = "import ftp_client; ftp_client.FIRST_PAUSE = 0.1", []
@@ -3969,6 +3999,7 @@ def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
     assert len(asked) == 3
 
 
+@early
 def test_server_that_falls_silent_is_given_up_and_a_slow_one_is_not(work):
     def silent(peer, header):
         peer.send(OK_GET, b"12345")
@@ -3997,17 +4028,18 @@ def test_server_that_falls_silent_is_given_up_and_a_slow_one_is_not(work):
 # ==== Command line: the client, classic dialect =====================================================================
 
 
-def test_classic_client_works_with_the_articles_server(tmp_path, work):
+@early
+def test_classic_client_works_with_the_articles_server(folder):
     files = {"a": content(500000), "b.txt": b"first line\nsecond line", "c.bin": content(5000), "d": content(1)}
-    fill(work, files)
-    with article_server(tmp_path / "article") as port:
-        fill(tmp_path / "article" / "download", {"down.txt": b"one\ntwo\n" * 100, "empty": b""})
+    work = os.path.dirname(fill(folder / "work", files))
+    with article_server(folder / "article") as port:
+        fill(folder / "article" / "download", {"down.txt": b"one\ntwo\n" * 100, "empty": b""})
         done = client(port, "--classic", "get", "down.txt", "empty", cwd=work)
         assert done.code == 0 and tree(work) == dict(files, **{"down.txt": b"one\ntwo\n" * 100, "empty": b""})
         assert client(port, "get", "nothing", "--classic", cwd=work).code == 1
         done = client(port, "--classic", "put", *files, cwd=work)
         assert done.code == 0 and "sent" in done.out and ": stored" not in done.out
-        wait_for(lambda: tree(tmp_path / "article" / "upload") == files, 5)
+        wait_for(lambda: tree(folder / "article" / "upload") == files, 5)
 
 
 def test_client_falls_back_where_hello_is_met_by_a_hang_up(tmp_path, work):
@@ -4886,7 +4918,8 @@ def processes_in(folder):
 
 
 @pytest.mark.parametrize("engine", [Mariadb, Postgresql])
-def test_no_server_outlives_a_killed_test_run(engine):
+@early
+def test_no_server_outlives_a_killed_test_run(_, engine):
     need_database(engine)
     start = "import sys, {0} as tests; tests.{1}(sys.argv[1]); print('up', flush=True); input()"
     with database_folder() as folder, subprocess.Popen(
