@@ -1,6 +1,6 @@
 """Tests of ftp_server.py and ftp_client.py: real loopback sockets, real processes, every server test in both modes.
 
-    python -m pytest test_ftp.py                  everything, in about 90 seconds
+    python -m pytest test_ftp.py                  everything, in about 80 seconds on two cores
     python -m pytest test_ftp.py -k selectors     one mode
     python -m pytest test_ftp.py -k symlink       one subject
 
