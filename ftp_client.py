@@ -994,22 +994,21 @@ class FtpClient:
             link.sock.close()
 
     def recover(self, why):
-        """Take a broken connection up again, with growing pauses; where that has not helped, give up the first job.
+        """Take a broken connection up again, with growing pauses; False where that was done often enough already.
 
         Raises Unreachable when there is no connection to be had."""
         self.close()
         if self.tries >= self.options.retries:
-            job = self.todo.popleft()
-            job.drop()
-            return self.fail(job.label, "given up: %s" % why)
+            return False
         while self.tries < self.options.retries:
-            pause = min(FIRST_PAUSE * 2 ** self.tries, LAST_PAUSE)
+            pause = min(FIRST_PAUSE * 2 ** min(self.tries, 9), LAST_PAUSE)
             self.tries += 1
             self.bar.clear()
             note("interrupted (%s): next try in %g s, %d of %d" % (why, pause, self.tries, self.options.retries))
             time.sleep(pause)
             try:
-                return self.create_socket()
+                self.create_socket()
+                return True
             except Unreachable as error:
                 why = error
         raise Unreachable("given up: %s" % why)
@@ -1041,12 +1040,15 @@ class FtpClient:
         start = time.monotonic()
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
         try:
+            if jobs:
+                self.create_socket()            # a server that has gone while nothing was moved is not waited for
             while self.todo or self.under_way:
                 try:
                     self.turn()
-                except Broken as error:
+                except (Broken, Unreachable) as error:
                     self.ask_again()
-                    self.recover(error)
+                    if not self.recover(error):
+                        self.give_up(error)
         except Unreachable as error:
             for job in self.todo:
                 self.fail(job.label, error)
@@ -1063,6 +1065,14 @@ class FtpClient:
         if wanted > 1:
             self.summary(wanted, time.monotonic() - start)
         return not self.failed
+
+    def give_up(self, why):
+        """Give up the first job, where it was the connection that broke; or all, where there is none to be had."""
+        if isinstance(why, Unreachable):
+            raise why
+        job = self.todo.popleft()
+        job.drop()
+        self.fail(job.label, "given up: %s" % why)
 
     def turn(self):
         """Ask for as many files as may be under way, then take answers until half of them are done."""
@@ -1120,11 +1130,10 @@ class FtpClient:
             return True
         except Refusal as error:
             self.fail(job.label, error)
-        except (Failed, BadMessage, OSError) as error:
+        except (Failed, BadMessage, OSError, RecursionError) as error:
             if step == job.finish or isinstance(error, BadMessage):
                 self.close()
-            nonsense = isinstance(error, BadMessage)
-            self.fail(job.label, "the server talks nonsense: %s" % error if nonsense else reason(error))
+            self.fail(job.label, reason(error))
         job.drop()
         return False
 
@@ -1161,7 +1170,18 @@ class FtpClient:
     # ---- what can be asked ----
 
     def ls(self, path, recursive=False):
-        """What the server has under path: a list of {"name", "type", "size", "mtime"}, checked."""
+        """What the server has under path: a list of {"name", "type", "size", "mtime"}, checked.
+
+        It is asked again where the connection breaks."""
+        self.tries = 0
+        while True:
+            try:
+                return self.ls_once(path, recursive)
+            except Broken as error:
+                if not self.recover(error):
+                    raise Failed("given up: %s" % error) from None
+
+    def ls_once(self, path, recursive=False):
         self.create_socket()
         if self.classic:
             raise Failed("the classic dialect can't list")
@@ -1389,13 +1409,21 @@ def do_put(client, options, names):
     """put FILE... [-r]             send files; -r: folders too"""
     jobs = []
     for name in names:
-        path = os.path.expanduser(name)
-        found = [path] if os.path.lexists(path) else sorted(glob.glob(path))
-        if not found:
-            client.fail(name, "no such file")
-        for path in found:
-            add_put(client, path, "-r" in options, jobs)
+        try:
+            path = local(name)
+            found = [path] if os.path.lexists(path) else sorted(glob.glob(path))
+            if not found:
+                raise Failed("no such file")
+            for path in found:
+                add_put(client, path, "-r" in options, jobs)
+        except (Failed, RecursionError, re.error) as error:
+            client.fail(name, reason(error))
     return client.run(jobs)
+
+
+def local(name):
+    """A local name as it was typed: ~ is the user's home, unless something here has that name."""
+    return name if os.path.lexists(name) else os.path.expanduser(name)
 
 
 def add_put(client, path, recursive, jobs):
@@ -1408,15 +1436,15 @@ def add_put(client, path, recursive, jobs):
         inner = os.path.relpath(folder, path)
         name = top if inner == "." else os.path.join(top, inner)
         folders.sort()
-        if not folders and not files:
+        links = [link for link in folders if os.path.islink(os.path.join(folder, link))]
+        files = sorted(file for file in files if not UNFINISHED.fullmatch(file))    # what a get has begun here
+        if not files and len(links) == len(folders):
             add_job(jobs, MakeFolder, client, name)
-        for file in sorted(files):
-            if not UNFINISHED.fullmatch(file):          # what a get has begun here
-                file_path = os.path.join(folder, file)
-                add_job(jobs, Put, client, file_path, os.path.join(name, file), size_of(file_path))
-        for link in folders:
-            if os.path.islink(os.path.join(folder, link)):
-                client.fail(os.path.join(folder, link), "a link to a folder, left out")
+        for file in files:
+            file_path = os.path.join(folder, file)
+            add_job(jobs, Put, client, file_path, os.path.join(name, file), size_of(file_path))
+        for link in links:
+            client.fail(os.path.join(folder, link), "a link to a folder, left out")
     for error in unread:
         client.fail(error.filename, error.strerror)
 
@@ -1430,6 +1458,10 @@ def add_job(jobs, kind, client, *args):
 
 def reason(error):
     """What went wrong, in words: of an OSError with the file's name, the new one where it is about two."""
+    if isinstance(error, BadMessage):
+        return "the server talks nonsense: %s" % error
+    if isinstance(error, RecursionError):               # of os.makedirs() and, before Python 3.12, os.walk()
+        return "too many folders inside one another"
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
 
@@ -1443,21 +1475,21 @@ def size_of(path):
 
 def do_get(client, options, names):
     """get NAME... [-r] [-f] [-o PATH]   fetch files; -r: folders too, -f: replace, -o: under that name or into that folder"""
-    out = os.path.expanduser(options.get("-o", ""))
+    out = local(options.get("-o", ""))
     if out.endswith(("/", os.sep)):
         os.makedirs(out, exist_ok=True)
     found, jobs = {}, []
     for name in names:
         try:
             found.update((entry["name"], entry) for entry in entries_of(client, typed(name), "-r" in options))
-        except (Refusal, Failed) as error:
-            client.fail(name, error)
+        except (Refusal, Failed, BadMessage, re.error) as error:
+            client.fail(name, reason(error))
     if len(found) > 1 and out and not os.path.isdir(out):
         raise Usage("-o must name a folder that exists, for several files")
     for name, entry in found.items():
         try:
             add_get(client, entry, options, out, jobs)
-        except (Refusal, Failed, OSError) as error:
+        except (Refusal, Failed, BadMessage, OSError, RecursionError) as error:
             client.fail(name, reason(error))
     if len({job.target.path for job in jobs}) < len(jobs) and "-f" in options:
         raise Failed("several files would get the same name here: name a folder that exists with -o")
@@ -1482,6 +1514,8 @@ def entries_of(client, name, recursive):
         client.create_socket()
     if client.classic or name and not (recursive or WILD.search(name)):
         return [{"name": name, "type": "file", "size": 0}]
+    if not name and not recursive:
+        raise Failed("a folder: use get -r")
     entries = client.find_remote(name) if name else client.ls("")
     if not entries:
         raise Failed("no such file on the server")
@@ -1511,7 +1545,7 @@ def add_folder(client, name, options, out, jobs):
         if entry["type"] == "dir":
             try:
                 os.makedirs(path, exist_ok=True)
-            except OSError as error:
+            except (OSError, RecursionError) as error:
                 client.fail(name + "/" + entry["name"], reason(error))
         else:
             add_job(jobs, Get, client, name + "/" + entry["name"], path, entry["size"], "-f" in options)
@@ -1536,14 +1570,14 @@ def show_entries(entries):
 
 def do_lcd(client, options, names):
     """lcd [DIR]                    go to a folder on this machine"""
-    os.chdir(os.path.expanduser(names[0] if names else "~"))
+    os.chdir(local(names[0]) if names else os.path.expanduser("~"))
     say(os.getcwd())
     return True
 
 
 def do_lls(client, options, names):
     """lls [DIR]                    what is in a folder on this machine"""
-    folder = os.path.expanduser(names[0] if names else ".")
+    folder = local(names[0] if names else ".")
     entries = []
     for name in sorted(os.listdir(folder)):
         with contextlib.suppress(FileNotFoundError):
@@ -1612,6 +1646,8 @@ def command_fanout(client):
     """The prompt: read commands until the user has enough."""
     if None in (sys.stdin, sys.stdout):
         raise Usage("the prompt needs an input and an output: name a command after HOST and PORT")
+    with contextlib.suppress(AttributeError):       # Python 3.6 lacks it: one bad byte costs a whole buffer of lines there
+        sys.stdin.reconfigure(errors="surrogateescape")
     with contextlib.suppress(ImportError):
         set_up_readline(client)
     while True:
@@ -1682,7 +1718,7 @@ class Completer:
     def remote(self, word):
         folder = word.rpartition("/")[0]
         prefix = folder + "/" if folder else ""
-        return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in self.client.ls(folder)
+        return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in self.client.ls_once(folder)
                 if (prefix + entry["name"]).startswith(word)]
 
 

@@ -707,7 +707,7 @@ Done = collections.namedtuple("Done", "code out err")
 def run(command, cwd, given="", seconds=60, environment=()):
     """Run a process to its end with given as its standard input; return its exit code and what it printed."""
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(given.encode("utf-8"))
+        stdin.write(given.encode("utf-8", "surrogateescape"))
         stdin.seek(0)
         process = start(command, str(cwd), dict(environment), stdin, stdout, stderr)
         try:
@@ -3572,6 +3572,136 @@ def test_file_that_always_breaks_the_connection_fails_alone(work):
     assert done.code == 1 and "bad: given up" in done.err and "2 of 3 done" in done.err
     assert tree(work) == {"good": b"1234567890", "better": b"1234567890"}
     assert asked["bad"] == 3
+
+
+def listing(*names, kind="file"):
+    """The answer to ls: so many files, or folders."""
+    lines = wired(*({"name": name, "type": kind, "size": 10 * (kind == "file"), "mtime": 0} for name in names))
+    return wired({"ok": True, "size": len(lines)}, lines)
+
+
+def get_ten(peer, header):
+    peer.send(OK_GET, b"1234567890", {"ok": True, "sha256": sha(b"1234567890")})
+
+
+def test_listing_that_breaks_is_asked_for_again(work):
+    answers = [listing("d", kind="dir"), listing("x")[:-5], listing("x")]
+
+    def ls(peer, header):
+        peer.send(answers.pop(0))
+        if len(answers) == 1:
+            raise Hangup
+
+    with fake_server(ls=ls, get=get_ten) as (port, headers):
+        done = client(port, "get", "-r", "d", cwd=work, patch=NO_WAIT)
+    assert done.code == 0 and tree(work) == {"d": None, "d/x": b"1234567890"} and not answers
+
+
+@cases("bad", {"broken": b'{"ok": true, "size": 99}\n', "nonsense": b"nonsense\n"})
+def test_folder_that_can_not_be_listed_spoils_no_other(work, bad):
+    def ls(peer, header):
+        answers = {"": listing("first", "bad", "good", kind="dir"), "bad": bad}
+        peer.send(answers.get(header["path"], listing("x")))
+        if header["path"] == "bad":
+            raise Hangup
+
+    with fake_server(ls=ls, get=get_ten) as (port, headers):
+        done = client(port, "get", "-r", "first", "bad", "good", "--retries", "1", cwd=work, patch=NO_WAIT)
+    assert done.code == 1 and "failed: bad" in done.err
+    assert [name for name, data in tree(work).items() if data] == ["first/x", "good/x"]
+
+
+def test_server_that_goes_away_between_two_files_is_tried_again(work):
+    fill(work, {"a": content(400000), "b": content(400000, 1)})
+    patch = """
+import ftp_client  # sees the end of the connection before it asks for the second file
+real, ftp_client.FIRST_PAUSE = ftp_client.FtpClient.create_socket, 0.01
+def create_socket(self):
+    if self.link and self.bar.finished:
+        ftp_client.wait_for(self.link.sock, ftp_client.READ, 20)
+    real(self)
+ftp_client.FtpClient.create_socket = create_socket
+"""
+    listener = listen()
+
+    def serve_one_file():
+        with Peer(listener.accept()[0]) as peer:
+            for answer in (HELLO, {"ok": True, "offset": 0, "sha256": sha(b"")}):
+                peer.line()
+                peer.send(answer)
+            size = peer.line()["size"]
+            sha256 = sha(peer.read(size))
+            peer.line()
+            peer.send({"ok": True, "name": "a", "size": size, "sha256": sha256, "duplicate": False})
+            listener.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(serve_one_file)
+        done = client(listener.getsockname()[1], "put", "a", "b", "--retries", "2", cwd=work, patch=patch)
+        serving.result(PATIENCE)
+    assert done.code == 1 and "stored as a" in done.out
+    assert "2 of 2" in done.err and "b: given up" in done.err
+
+
+def test_remote_folders_nested_too_deeply_are_one_line(work):
+    ls = {"": listing("top", kind="dir"), "top": listing("/".join("d" * 1500))}
+    with fake_server(ls=lambda peer, header: peer.send(ls[header["path"]]), get=get_ten) as (port, headers):
+        done = client(port, "get", "-r", "top", cwd=work)
+    assert done.code == 1 and done.err.count("\n") == 1 and "inside one another" in done.err
+
+
+def test_local_folders_nested_too_deeply_are_one_line(work):
+    paths = [os.path.join(str(work), *["d"] * depth) for depth in range(1, 1011)]
+    for path in paths:
+        os.mkdir(path)
+    try:
+        with fake_server(mkdir={"ok": True, "name": "d"}) as (port, headers):
+            done = client(port, "put", "-r", "d", cwd=work)
+    finally:
+        for path in reversed(paths):
+            os.rmdir(path)
+    if done.code:  # before Python 3.12
+        assert done.err.count("\n") == 1 and "inside one another" in done.err
+    else:
+        assert headers[-1]["cmd"] == "mkdir"
+
+
+def test_pattern_that_is_none_spoils_no_other(lone, work):
+    fill(work, {"a": b"a"})
+    assert client(lone, "put", "[z-a]", "a", cwd=work).code == 1
+    assert client(lone, "get", "[z-a]", cwd=work).code == 1
+    assert lone.uploads() == {"a": b"a"}
+
+
+def test_tilde_is_the_home_unless_something_here_has_that_name(lone, work):
+    fill(work, {"~/x": b"here", "home/secret": b"secret", "~nobody": b"file"})
+    environment = {"HOME": str(work / "home")}
+    assert client(lone, "put", "-r", "~", "~nobody", "~/secret", cwd=work, environment=environment).code == 0
+    assert lone.uploads() == {"~": None, "~/x": b"here", "~nobody": b"file", "secret": b"secret"}
+
+
+def test_folder_that_holds_only_a_link_is_made_on_the_server(lone, work):
+    fill(work, {"d/inner": None, "elsewhere": None})
+    os.symlink(str(work / "elsewhere"), str(work / "d" / "inner" / "link"))
+    done = client(lone, "put", "-r", "d", cwd=work)
+    assert done.code == 1 and lone.uploads() == {"d": None, "d/inner": None}
+
+
+def test_all_of_the_download_folder_is_a_folder_too(lone, work):
+    lone.serves("x", b"x")
+    for name in ("/", ".", "./"):
+        done = client(lone, "get", name, cwd=work)
+        assert done.code == 1 and "get -r" in done.err and tree(work) == {}
+    assert client(lone, "get", "-r", ".", cwd=work).code == 0 and tree(work) == {"x": b"x"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="sys.stdin.reconfigure() is new in Python 3.7")
+def test_typed_line_that_is_no_text_spoils_no_other(lone, work):
+    fill(work, {"a": b"a", "b": b"b"})
+    done = client(lone, cwd=work, given="put a\nput \udcff\nput b\n")
+    assert lone.uploads() == {"a": b"a", "b": b"b"} and "no such file" in done.err
+
+
 
 
 @linux
