@@ -636,15 +636,19 @@ class Storage:
                 for count, name in enumerate(folder.names()):
                     if count % 1000 == 0:
                         yield BLOCKS
-                    with contextlib.suppress(FileNotFoundError):        # removed meanwhile
+                    try:
                         info = folder.stat(name)
-                        is_folder = stat.S_ISDIR(info.st_mode)
-                        if is_folder or stat.S_ISREG(info.st_mode):
-                            lines.append(encode({"name": "/".join(parts[depth:] + [name]), "mtime": info.st_mtime,
-                                                 "type": "dir" if is_folder else "file",
-                                                 "size": 0 if is_folder else info.st_size}))
-                        if is_folder and recursive:
-                            inside.append(parts + [name])
+                    except OSError as error:            # the same of a file
+                        if len(parts) == depth and not isinstance(error, FileNotFoundError):
+                            raise
+                        continue
+                    is_folder = stat.S_ISDIR(info.st_mode)
+                    if is_folder or stat.S_ISREG(info.st_mode):
+                        lines.append(encode({"name": "/".join(parts[depth:] + [name]), "mtime": info.st_mtime,
+                                             "type": "dir" if is_folder else "file",
+                                             "size": 0 if is_folder else info.st_size}))
+                    if is_folder and recursive:
+                        inside.append(parts + [name])
             todo += reversed(inside)
         return b"".join(lines)
 

@@ -1320,6 +1320,20 @@ def test_file_without_permission_is_denied(mode, folder):
         assert peer.put("new/x", b"another")["name"] == "new/x-2"  # the same size: only a look could tell
 
 
+@linux
+@in_all_modes_at_once
+def test_folder_that_can_not_be_read_spoils_no_listing(mode, folder):
+    with serve(mode, folder, patch=DROP_PRIVILEGES) as server, server.peer() as peer:
+        for name, permissions in (("a", None), ("closed", 0), ("names only", 0o444), ("z", None)):
+            path = server.serves(name + "/x", b"x")
+            if permissions is not None:
+                os.chmod(os.path.dirname(path), permissions)
+        assert set(peer.ls(recursive=True)) == {"a", "a/x", "closed", "names only", "z", "z/x"}
+        for name in ("closed", "names only"):
+            assert peer.ask({"cmd": "ls", "path": name})["code"] == "denied"
+            os.chmod(os.path.join(server.download, name), 0o755)
+
+
 def test_refused_payload_is_read_past_and_the_connection_kept(peer):
     data = content(MIB - 100)
     peer.send(put_header("../x", data), data, {"sha256": sha(data)}, {"cmd": "hello"})
