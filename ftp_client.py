@@ -999,6 +999,8 @@ class FtpClient:
         Raises Unreachable when there is no connection to be had."""
         self.close()
         if self.tries >= self.options.retries:
+            if isinstance(why, Unreachable):
+                raise why
             return False
         while self.tries < self.options.retries:
             pause = min(FIRST_PAUSE * 2 ** min(self.tries, 9), LAST_PAUSE)
@@ -1048,7 +1050,9 @@ class FtpClient:
                 except (Broken, Unreachable) as error:
                     self.ask_again()
                     if not self.recover(error):
-                        self.give_up(error)
+                        job = self.todo.popleft()
+                        job.drop()
+                        self.fail(job.label, "given up: %s" % error)
         except Unreachable as error:
             for job in self.todo:
                 self.fail(job.label, error)
@@ -1065,14 +1069,6 @@ class FtpClient:
         if wanted > 1:
             self.summary(wanted, time.monotonic() - start)
         return not self.failed
-
-    def give_up(self, why):
-        """Give up the first job, where it was the connection that broke; or all, where there is none to be had."""
-        if isinstance(why, Unreachable):
-            raise why
-        job = self.todo.popleft()
-        job.drop()
-        self.fail(job.label, "given up: %s" % why)
 
     def turn(self):
         """Ask for as many files as may be under way, then take answers until half of them are done."""

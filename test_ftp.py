@@ -860,6 +860,14 @@ def mode(request):
     return request.param
 
 
+def in_place_of(test, run_test, own, *fixtures):
+    """Let pytest see run_test as test, with these fixtures in place of its own first parameters."""
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in fixtures]
+    run_test.__name__ = test.__name__
+    run_test.__signature__ = inspect.Signature(parameters + list(inspect.signature(test).parameters.values())[own:])
+    return run_test
+
+
 def at_once_for(table):
     """Run a test(value, folder, ...) that waits or starts processes for all of {name: value}, a few at the same time."""
     def decorate(test):
@@ -875,10 +883,7 @@ def at_once_for(table):
                 folders = [tmp_path / str(number) for number in range(len(table))]
                 list(pool.map(run_one, table, table.values(), folders))
 
-        fixture = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        run_test.__name__ = test.__name__
-        run_test.__signature__ = inspect.Signature([fixture] + list(inspect.signature(test).parameters.values())[2:])
-        return run_test
+        return in_place_of(test, run_test, 2, "tmp_path")
     return decorate
 
 
@@ -890,10 +895,8 @@ def early(test):
     def run_test(started, request, **arguments):
         started[request.node.name].result()
 
-    fixtures = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("started", "request")]
-    run_test.__name__, run_test.waiting = test.__name__, test
-    run_test.__signature__ = inspect.Signature(fixtures + list(inspect.signature(test).parameters.values())[1:])
-    return run_test
+    run_test.waiting = test
+    return in_place_of(test, run_test, 1, "started", "request")
 
 
 @pytest.fixture(scope="session")
@@ -3570,6 +3573,16 @@ def test_broken_transfer_goes_on_where_it_broke(lone, work, verb, cuts):
     assert max(proxy.moved.values()) < 510000  # no byte of the payload was moved twice
 
 
+def listing(*names, kind="file"):
+    """The answer to ls: so many files, or folders."""
+    lines = wired(*({"name": name, "type": kind, "size": 10 * (kind == "file"), "mtime": 0} for name in names))
+    return wired({"ok": True, "size": len(lines)}, lines)
+
+
+def get_ten(peer, header):
+    peer.send(OK_GET, b"1234567890", {"ok": True, "sha256": sha(b"1234567890")})
+
+
 def test_file_that_always_breaks_the_connection_fails_alone(work):
     patch = "import ftp_client; ftp_client.FIRST_PAUSE = 0.01"
     asked = collections.Counter()
@@ -3579,23 +3592,13 @@ def test_file_that_always_breaks_the_connection_fails_alone(work):
         if header["name"] == "bad":
             peer.send(OK_GET, b"123")
             raise Hangup
-        peer.send(OK_GET, b"1234567890", {"ok": True, "sha256": sha(b"1234567890")})
+        get_ten(peer, header)
 
     with fake_server(get=get) as (port, headers):
         done = client(port, "get", "bad", "good", "better", "--retries", "2", cwd=work, patch=patch)
     assert done.code == 1 and "bad: given up" in done.err and "2 of 3 done" in done.err
     assert tree(work) == {"good": b"1234567890", "better": b"1234567890"}
     assert asked["bad"] == 3
-
-
-def listing(*names, kind="file"):
-    """The answer to ls: so many files, or folders."""
-    lines = wired(*({"name": name, "type": kind, "size": 10 * (kind == "file"), "mtime": 0} for name in names))
-    return wired({"ok": True, "size": len(lines)}, lines)
-
-
-def get_ten(peer, header):
-    peer.send(OK_GET, b"1234567890", {"ok": True, "sha256": sha(b"1234567890")})
 
 
 def test_listing_that_breaks_is_asked_for_again(work):
@@ -3709,8 +3712,6 @@ def test_typed_line_that_is_no_text_spoils_no_other(lone, work):
     fill(work, {"a": b"a", "b": b"b"})
     done = client(lone, cwd=work, given="put a\nput \udcff\nput b\n")
     assert lone.uploads() == {"a": b"a", "b": b"b"} and "no such file" in done.err
-
-
 
 
 @linux
