@@ -313,9 +313,9 @@ CODES = ("bad-request bad-name not-found not-a-file denied too-large disk-full b
 FAULTS = r'''
 # Runs inside the process under test before anything of ours: wraps functions of os, files and the start of threads,
 # so that the call which the plan names fails, dies, or is held for as long as the plan stays. See class Faults.
-import builtins, io, json, os, signal, threading, time
+import builtins, io, json, os, signal, stat, threading, time
 
-PLAN, real_open = os.environ["FAULT_PLAN"], open
+PLAN, real_open, real_fstat = os.environ["FAULT_PLAN"], open, os.fstat
 lock, current = threading.Lock(), {"text": "", "calls": 0}
 
 def read_plan():
@@ -350,7 +350,8 @@ class Faulty:
     def __init__(self, name, real):
         self.name, self.real = name, real
     def __call__(self, *args, **kwargs):
-        strike(self.name)
+        if self.name != "splice" or stat.S_ISREG(real_fstat(args[1]).st_mode):  # else into a pipe: no disk's business
+            strike(self.name)
         return self.real(*args, **kwargs)
 
 for name in os.environ["FAULT_OPERATIONS"].split():
@@ -1528,6 +1529,17 @@ def test_file_that_changes_meanwhile_is_never_called_whole(server, peer):
 # ==== Files: faults and kill -9 at every operation ==================================================================
 
 
+@posix
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="splice(2) came to Python in 3.10, and is Linux' own")
+@in_all_modes_at_once
+def test_file_system_without_splice_stores_what_nobody_verifies(mode, folder):
+    faults, data = Faults(folder), content(3 * MIB)
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
+        faults.arm("raise", ["splice"], error=errno.EINVAL)
+        assert peer.put("x", data, verify=False)["ok"] and faults.struck()
+        assert server.stored("x") == data
+
+
 def finish_upload(server, name, data, identity, offset=None):
     """Resume an upload (at offset, if given) and see that it ends whole under its own name."""
     with server.peer() as peer:
@@ -1579,10 +1591,11 @@ def test_file_published_at_the_instant_of_a_kill_is_never_written_to_again(mode,
         assert server.stored("x") == old
 
 
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
 @in_all_modes_at_once
-def test_kill_loses_nothing_that_came_a_moment_ago(mode, folder):
+def test_kill_loses_nothing_that_came_a_moment_ago(mode, folder, verify):
     data, identity = content(300000), upload_id()
-    with serve(mode, folder) as server, server.begin_upload("x", data, 200000, id=identity):
+    with serve(mode, folder) as server, server.begin_upload("x", data, 200000, id=identity, verify=verify):
         wait_for(lambda: list(server.partials().values()) == [200000])
         server.kill()
     with serve(mode, folder) as server:
@@ -1590,17 +1603,18 @@ def test_kill_loses_nothing_that_came_a_moment_ago(mode, folder):
 
 
 @posix
-@cases("error, code", {"EIO": (errno.EIO, "server-error"), "ENOSPC": (errno.ENOSPC, "disk-full"),
-                       "EACCES": (errno.EACCES, "denied")})
+@cases("error, code, verify", {"EIO": (errno.EIO, "server-error", True), "ENOSPC": (errno.ENOSPC, "disk-full", True),
+                               "EACCES": (errno.EACCES, "denied", True),
+                               "not verified": (errno.ENOSPC, "disk-full", False)})
 @in_all_modes_at_once
-def test_error_at_any_operation_is_told_and_the_upload_can_be_repeated(mode, folder, error, code):
+def test_error_at_any_operation_is_told_and_the_upload_can_be_repeated(mode, folder, error, code, verify):
     faults = Faults(folder)
     with serve(mode, folder, faults=faults) as server:
         for number in range(1, 80):
             faults.arm("raise", at=number, error=error)
             name, data, identity = "folder%d/x.bin" % number, content(600000, number), upload_id()
             with server.peer() as peer:
-                answer = peer.put(name, data, id=identity)
+                answer = peer.put(name, data, id=identity, verify=verify)
             struck = faults.struck()
             faults.disarm()
             stored = server.stored(name)
@@ -1710,6 +1724,18 @@ def test_full_disk_is_told_and_the_server_recovers(mode, folder):
         faults.disarm()
         with server.peer() as peer:
             assert peer.put("x", content(3 * MIB))["ok"]
+
+
+@posix
+@in_all_modes_at_once
+def test_small_files_that_find_no_room_spoil_no_other_request(mode, folder):
+    faults, data = Faults(folder), content(4096)
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
+        faults.arm("raise", ["write", "splice"], error=errno.ENOSPC, last=2)
+        for name in "xyz":
+            peer.send(put_header(name, data), data, {"sha256": sha(data)})
+        assert [peer.line().get("code") for _ in "xyz"] == ["disk-full", "disk-full", None]
+        assert list(server.uploads()) == ["z"]
 
 
 @linux
