@@ -377,12 +377,12 @@ else:
         return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
 
 
-def tune(sock, peer):
+def tune(sock, peer, buffer=LOOPBACK_BUFFER):
     """Set what both ends of a connection want of their sockets; peer is the address of the other end."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, option, buffer)
 
 
 def unsent(sock):

@@ -63,6 +63,7 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
+CROWD, CROWD_BUFFER = 16, 96 << 10      # sessions from which on those to come get less, for the same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 SLICE = 1 << 18            # bytes sent to one client before the others have their turn, if these are many
@@ -842,12 +843,12 @@ async def in_slices(work):
             return end.value
 
 
-def tune(sock, peer):
+def tune(sock, peer, buffer=LOOPBACK_BUFFER):
     """Set what both ends of a connection want of their sockets; peer is the address of the other end."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, option, buffer)
 
 
 def unsent(sock):
@@ -1003,7 +1004,7 @@ class Session:
     def __init__(self, service, sock, address, full):
         sock.setblocking(False)
         with contextlib.suppress(OSError):
-            tune(sock, address[0])
+            tune(sock, address[0], LOOPBACK_BUFFER if len(service.sessions) < CROWD else CROWD_BUFFER)
         self.service, self.storage = service, service.storage
         self.wire = Wire(sock, min(service.timeout, HEADER_TIME) if full else service.timeout)
         self.peer = address_text(address)
