@@ -66,6 +66,7 @@ LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on
 CROWD, CROWD_BUFFER = 16, 96 << 10      # sessions from which on those to come get less, for the same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
+PIPE = 1 << 20             # the same of one that goes through a pipe: as many as any user may ask for, see pipe(7)
 SLICE = 1 << 18            # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
@@ -1284,7 +1285,7 @@ class Session:
         pipe, end = os.pipe()
         try:
             with contextlib.suppress(OSError):      # a user may have so much in pipes only
-                fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, RECEIVE)
+                fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE)
             while self.payload:
                 count = await self.wire.receive(functools.partial(os.splice, self.wire.sock.fileno(), end), self.payload)
                 self.payload -= count
