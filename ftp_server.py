@@ -1760,8 +1760,7 @@ class SelectFtpServer:
         self.server_address = self.socket.getsockname()
         self.socket.listen(BACKLOG)
         self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop
-        self.bell.setblocking(False)
-        self.button.setblocking(False)
+        self.rung = False
         self.sel.register(self.bell, READ, self.take_back)
 
     def start_discovery(self):
@@ -1876,7 +1875,8 @@ class SelectFtpServer:
                     following = task
             else:
                 self.back.append((task, wait))
-                with contextlib.suppress(BlockingIOError):      # full: the loop will wake anyway
+                if not self.rung:                               # else the loop has still to look
+                    self.rung = True
                     self.button.send(b"!")
             task = following
 
@@ -1888,6 +1888,7 @@ class SelectFtpServer:
     def take_back(self, sock, mask):
         """Callback of the bell: sessions come back from the workers."""
         sock.recv(CHUNK)
+        self.rung = False           # before the look: whoever comes after it rings again
         while self.back:
             task, wait = self.back.popleft()
             task.away = None
