@@ -446,7 +446,9 @@ class Upload:
                 info = os.fstat(fd)
             except BaseException as error:
                 os.close(fd)
-                if isinstance(error, (BlockingIOError, PermissionError)):
+                if not self.ident:
+                    self.folder.unlink(self.partial)
+                elif isinstance(error, (BlockingIOError, PermissionError)):
                     raise Refusal("busy", "another server is storing this file") from None
                 raise
             if info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
@@ -499,13 +501,11 @@ class Upload:
             done += self.append(self.file.write, view[done:])
 
     def write_from(self, pipe, count):
-        """Append count bytes that wait in a pipe, by splice(2) where the file's system can do that."""
+        """Append count bytes that wait in a pipe."""
         while count:
             try:
                 count -= self.append(os.splice, pipe, self.file.fileno(), count)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
+            except OSError:             # perhaps the file's system can't do that: write(2) will do, or tell
                 data = os.read(pipe, count)
                 self.write(data)
                 count -= len(data)
@@ -587,7 +587,8 @@ class Upload:
                 os.rename(source, target, **where)
             self.partial = None
             return True
-        self.discard()
+        with contextlib.suppress(OSError):          # it is stored: of the old name sweep() will take care
+            self.discard()
         return True
 
     def same(self, name):
@@ -893,6 +894,8 @@ class Wire:
                 if event == WRITE and self.deadline == math.inf and (before is None or left < before):
                     continue        # slow but steady: a socket is writable again only when much of its queue is gone
                 await announce(BLOCKS)      # what this ends closes and removes files
+                if event == WRITE:
+                    raise Gone("it has read nothing for %g seconds" % self.timeout) from None
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
                                else "a header was not complete in time") from None
             except OSError as error:
@@ -983,6 +986,13 @@ class Wire:
                 raise
             return None
 
+    def splice(self, pipe, count):
+        """Move at most count bytes into an empty pipe; how many."""
+        try:
+            return os.splice(self.sock.fileno(), pipe, count)
+        except OSError:             # urgent data in the way, or no such call here: recv(2) will do, or tell
+            return os.write(pipe, self.sock.recv(min(count, select.PIPE_BUF)))
+
     async def linger(self):
         """Let the peer read the last answer before the socket goes: unread bytes would make that a reset."""
         self.deadline = time.monotonic() + LINGER_TIME
@@ -1030,6 +1040,7 @@ class Session:
             while await self.do_request():
                 if next(requests) % REQUESTS == 0:      # many may be here already: they wait for others meanwhile
                     await self.wire.flush()
+            await self.let_go()
             await self.wire.linger()
         except (Gone, Refusal) as why:
             LOG.info("%s left: %s", self.peer, why)
@@ -1103,6 +1114,7 @@ class Session:
             return decode(await self.wire.read_line())
         except BadMessage as error:
             error.closes = True
+            await announce(BLOCKS)      # what this ends closes and removes files
             raise
 
     async def do_framed(self):
@@ -1202,17 +1214,29 @@ class Session:
         name, size, ident = fields(ask, "name", "size", "id")
         if not ident:
             raise BadMessage("'id' must be 64 hex digits")
-        self.drop_resumed()
-        self.resumed = upload = await in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut))
-        if upload.length > size:
-            upload.cut_back(0)
-        await in_slices(upload.hash_prefix())
+        await self.let_go()
+        with contextlib.ExitStack() as opened:
+            upload = opened.enter_context(await in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut)))
+            if upload.length > size:
+                upload.cut_back(0)
+            await in_slices(upload.hash_prefix())
+            opened.pop_all()        # all went well: it stays open
+        self.resumed = upload
         await self.reply(offset=upload.length, sha256=upload.digest.hexdigest())
+
+    async def let_go(self):
+        """Close what a resume left open for a put that doesn't come."""
+        if self.resumed:
+            await announce(BLOCKS)
+            self.drop_resumed()
 
     def drop_resumed(self):
         upload, self.resumed = self.resumed, None
-        if upload:
-            upload.__exit__()
+        try:
+            if upload:
+                upload.__exit__()
+        except OSError as error:
+            LOG.warning("%s a partial file stays: %s", self.peer, error.strerror)
 
     async def do_put(self, ask):
         try:
@@ -1231,8 +1255,8 @@ class Session:
             await self.receive(upload)
             last = await self.read_header()
             self.payload = None
-            sha256, = fields(last, "sha256")
             await announce(BLOCKS)
+            sha256, = fields(last, "sha256")
             digest = upload.check(sha256)
             stored, duplicate = await in_slices(upload.publish(mtime))
         await self.reply(name=stored, size=size, sha256=digest, duplicate=duplicate)
@@ -1243,7 +1267,7 @@ class Session:
         if upload and ident == upload.ident and size == upload.size and split_name(name) == upload.parts:
             self.resumed = None
             return upload
-        self.drop_resumed()
+        await self.let_go()
         return await in_slices(self.storage.open_upload(name, size, ident, self.cut))
 
     async def go_on_at(self, upload, offset, verify):
@@ -1251,6 +1275,7 @@ class Session:
         if offset > upload.length:
             raise Refusal("mismatch", "there are only %d bytes to go on from, not %d" % (upload.length, offset))
         if upload.length:
+            await announce(BLOCKS)
             upload.cut_back(offset)
         if not verify:
             upload.digest = None
@@ -1287,7 +1312,7 @@ class Session:
             with contextlib.suppress(OSError):      # a user may have so much in pipes only
                 fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE)
             while self.payload:
-                count = await self.wire.receive(functools.partial(os.splice, self.wire.sock.fileno(), end), self.payload)
+                count = await self.wire.receive(functools.partial(self.wire.splice, end), self.payload)
                 self.payload -= count
                 await announce(COMPUTES)
                 upload.write_from(pipe, count)
@@ -1735,7 +1760,7 @@ class Task:
         """Run the session to its next wait and return that, or "done"."""
         try:
             return self.steps.throw(error) if error else self.steps.send(None)
-        except StopIteration:
+        except (StopIteration, GeneratorExit):
             return "done"
         except Exception:           # a bug ends its own session only
             LOG.exception("%s bug", self.session.peer)
@@ -1840,7 +1865,7 @@ class SelectFtpServer:
     def note_wait(self, task, wait):
         """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
         task.deadline = math.inf
-        if wait == "done" or wait in AT_ONCE and self.service.stopping:
+        if wait == "done":
             self.close(task)
         elif wait in AT_ONCE:
             if self.has_turn(task, wait):
@@ -1864,7 +1889,7 @@ class SelectFtpServer:
         """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
         while task:
             turns = self.turns[task.away]
-            wait = task.advance()
+            wait = task.advance(GeneratorExit() if self.service.stopping else None)
             while not turns.line and not self.service.stopping and self.goes_on(task.away, wait):
                 wait = task.advance()
             following = turns.end(task)

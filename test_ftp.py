@@ -1540,6 +1540,54 @@ def test_file_system_without_splice_stores_what_nobody_verifies(mode, folder):
         assert server.stored("x") == data
 
 
+@linux
+@in_all_modes_at_once
+def test_urgent_byte_in_the_middle_of_an_upload_holds_it_not_up(mode, folder):
+    data = content(3 * MIB)
+    with serve(mode, folder) as server, server.begin_upload("x", data, 300000, verify=False) as peer:
+        peer.sock.send(b"!", socket.MSG_OOB)  # beside the stream; splice(2) stops there, and is ready all the same
+        assert peer.ask(data[300000:], {"sha256": None})["ok"]
+        assert server.stored("x") == data
+
+
+@posix
+@in_all_modes_at_once
+def test_put_after_a_resume_that_failed_starts_afresh(mode, folder):
+    faults, data, identity = Faults(folder), content(600000), upload_id()
+    with serve(mode, folder, faults=faults) as server:
+        server.cut_upload("x", data, 599000, id=identity)
+        with server.peer() as peer:
+            faults.arm("raise", ["read"], at=2)
+            assert peer.ask({"cmd": "resume", "name": "x", "size": len(data), "id": identity})["code"] == "server-error"
+            faults.disarm()
+            assert peer.put("x", data, id=identity)["ok"]
+
+
+@posix
+@in_all_modes_at_once
+def test_error_at_any_look_at_a_partial_leaves_none(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
+        for number in range(1, 20):
+            faults.arm("raise", ["open", "stat", "fstat"], at=number)
+            answer = peer.put("x%d" % number, b"123")
+            if not faults.struck():
+                break
+            assert answer["code"] == "server-error" and not server.partials()
+        assert 5 < number < 19
+
+
+@posix
+@in_all_modes_at_once
+def test_partial_that_cannot_be_removed_is_one_line_in_the_log(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server:
+        with server.peer() as peer:
+            assert peer.ask({"cmd": "resume", "name": "x", "size": 9, "id": upload_id()})["ok"]
+            faults.arm("raise", ["unlink"])
+        wait_for(lambda: "a partial file stays" in server.log())  # and no traceback, see Server.stop()
+
+
 def finish_upload(server, name, data, identity, offset=None):
     """Resume an upload (at offset, if given) and see that it ends whole under its own name."""
     with server.peer() as peer:
@@ -2154,6 +2202,56 @@ def test_disk_that_hangs_for_some_makes_nobody_else_wait(pair, folder):
         faults.disarm()
         for peer in slow:
             check(peer)
+
+
+@posix
+@cases("operation, begun, more", {
+    "nonsense after a payload": ("unlink", lambda new, old: [put_header("x", b"123"), b"123"], [b"nonsense\n"]),
+    "nonsense after a resume": ("unlink", lambda new, old: [new], [b"{nonsense\n"]),
+    "another put after a resume": ("unlink", lambda new, old: [new], [put_header("y", b"123"), b"123", {"sha256": None}]),
+    "put after a resume": ("truncate", lambda new, old: [old], [b"123", {"sha256": None}])})
+@in_all_modes_at_once
+def test_partial_that_is_removed_or_cut_on_a_hanging_disk_makes_nobody_else_wait(mode, folder, operation, begun, more):
+    faults, data, identity = Faults(folder), content(1000), upload_id()
+    new = {"cmd": "resume", "name": "x", "size": 9, "id": upload_id()}
+    old = {"cmd": "resume", "name": "z", "size": 1000, "id": identity}
+    with serve(mode, folder, faults=faults) as server:
+        server.cut_upload("z", data, 500, id=identity)
+        with server.peer() as peer:
+            peer.send(*begun(new, old))
+            if operation == "truncate":
+                more = [put_header("z", data, id=identity, offset=peer.line()["offset"])] + more
+            assert server.alive()
+            faults.arm("hold", [operation])
+            peer.send(*more)
+            peer.sock.shutdown(socket.SHUT_WR)
+            wait_for(faults.struck)
+            list_for(server, 0.1)
+            faults.disarm()
+
+
+@posix
+@in_all_modes_at_once
+def test_server_stops_while_the_disk_hangs(mode, folder):
+    faults, data = Faults(folder), content(MIB)
+    with serve(mode, folder, faults=faults) as server, server.begin_upload("x", data, 300000):
+        faults.arm("hold", ["unlink"])
+        server.stop()
+
+
+@posix
+@early
+@in_all_modes_at_once
+def test_client_that_reads_nothing_gets_no_error_in_the_middle_of_an_answer(mode, folder):
+    with serve(mode, folder, "--timeout", "0.3") as server, socket.socket() as sock:
+        server.serves("x", content(200000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(wire({"cmd": "get", "name": "x"}) * 40)
+        wait_for(lambda: "has read nothing" in server.log())
+        sock.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError):
+            assert all(b'"code"' not in piece for piece in iter(lambda: sock.recv(MIB), b""))
 
 
 @in_all_modes_at_once
