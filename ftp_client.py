@@ -47,6 +47,7 @@ JOIN = 1 << 18             # bytes of small messages and files that are joined i
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
 WINDOW = 512               # requests sent before the first is answered, at most
+NAMES = 8192               # characters of the names in them, about: who waits to send must not wait for one who does so too
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WORK_RATE = 5e6            # bytes a second that a server hashes, or the original one reads, at least
 FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a broken connection
@@ -252,6 +253,7 @@ class Link:
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
+        self.failed = None          # the Broken that ended sending: who knows how much of a message has gone
         self.buffer = None          # for what is long
 
     @contextlib.contextmanager
@@ -276,14 +278,20 @@ class Link:
             self.owed += data
 
     def flush(self):
+        if self.failed:
+            raise self.failed
         data, self.owed = self.owed, bytearray()
         if data:
             self.send_now(data)
 
     def send_now(self, data):
         view, sent = memoryview(data), 0
-        while sent < len(view):
-            sent += self.push(self.sock.send, view[sent:])
+        try:
+            while sent < len(view):
+                sent += self.push(self.sock.send, view[sent:])
+        except Broken as error:
+            self.failed = error
+            raise
 
     def push(self, operation, *args):
         """Do a sending operation when the socket takes some bytes; how many it took."""
@@ -306,7 +314,11 @@ class Link:
 
     def fill(self, seconds=None):
         """Read more of the stream ahead, after all that is owed was sent."""
-        self.flush()
+        try:
+            self.flush()
+        except Broken:
+            if not self.answered():     # what came before it broke counts
+                raise
         self.wait(READ, self.timeout if seconds is None else seconds)
         with self.waiting():
             data = self.sock.recv(CHUNK)
@@ -412,7 +424,7 @@ def open_source(path):
     try:
         file = io.FileIO(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
     except OSError as error:
-        raise Failed("not a file (put -r sends folders)" if os.path.isdir(path) else error.strerror)
+        raise Failed("not a file (put -r sends folders)" if os.path.isdir(path) else error.strerror) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise Failed("not a regular file")
@@ -463,13 +475,17 @@ def write_all(file, view):
 
 def same_content(one, other):
     """Tell whether two local files hold the same bytes."""
-    with contextlib.suppress(Failed), open_source(one) as first, open_source(other) as second:
-        same = state(first)[0] == state(second)[0]
-        while same:
-            data = first.read(CHUNK)
-            same = data == second.read(CHUNK)
-            if not data:
-                return same
+    try:
+        with open_source(one) as first, open_source(other) as second:
+            same = state(first)[0] == state(second)[0]
+            while same:
+                data = first.read(CHUNK)
+                same = data == second.read(CHUNK)
+                if not data:
+                    return same
+    except Failed as error:
+        if getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+            raise                       # who knows?
     return False
 
 
@@ -612,6 +628,10 @@ class Job:
 
     def drop(self):
         """Let go of what is open."""
+
+    def read_past(self):
+        """After a failure here: tell whether nothing of this file is left in the stream."""
+        return True
 
     def progress(self, count):
         self.done += count
@@ -777,6 +797,7 @@ class Put(Job):
             self.client.payload("->", self.size)
             try:
                 self.stream(file, 0, None)
+                link.flush()
             except Broken as error:         # the original would append what is sent again
                 raise Failed("%s; the server may have stored a part" % error)
             if changed(file, before):
@@ -822,12 +843,13 @@ class Get(Job):
         self.name, self.target, self.replace = name, Target(path), replace
         self.hint = None            # (length, digest) of a local file that may be the same
         self.hashed = None, None    # (its state, digest)
+        self.coming = None          # bytes still to come before the last line of the answer; None: no answer
         self.partial_size, self.path_size = size_of(self.target.partial), size_of(path)
         self.alone = self.partial_size > 0 or self.path_size > SMALL
 
     def ask(self):
         """Ask for what is missing: behind the partial, or behind the whole file if that is here already."""
-        offset, digest = 0, None
+        offset, digest, self.coming = 0, None, None
         if self.target.file or self.partial_size:
             offset = self.target.open()
             digest = self.hash_once(self.target.file)
@@ -858,17 +880,18 @@ class Get(Job):
         if not offset:
             digest = hashlib.sha256()
         self.went_on_at(offset)
-        self.client.payload("<-", self.size - offset)
+        self.coming = self.size - offset
+        self.client.payload("<-", self.coming)
         here = offset and self.target.file is None          # the file under its own name is what goes on
         if here and offset == self.size:
-            self.check(link.answer(), digest if self.client.verify else None)
+            self.check(digest if self.client.verify else None)
             self.outcome = "already here"
             return
         if here:
-            digest = self.copy_here(offset)
+            digest = self.copy_here(offset, digest)
         self.open_at(offset)
         self.receive(offset, digest if self.client.verify else None)
-        self.check(link.answer(work_time(self.size)), digest if self.client.verify else None)
+        self.check(digest if self.client.verify else None)
         self.store(mtime)
 
     def open_at(self, offset):
@@ -877,8 +900,8 @@ class Get(Job):
             self.target.file.truncate(offset)
             self.target.file.seek(offset)
 
-    def copy_here(self, offset):
-        """Start the partial with what is here under the final name; the digest of what was copied."""
+    def copy_here(self, offset, asked):
+        """Start the partial with what is here under the final name; its digest, which must be the one asked with."""
         self.open_at(0)
         digest = hashlib.sha256()
         with open_source(self.target.path) as source:
@@ -886,21 +909,24 @@ class Get(Job):
                 data = source.read(min(CHUNK, offset - start))
                 digest.update(data)
                 write_all(self.target.file, data)
-        if self.target.file.tell() != offset:
+        if digest.digest() != asked.digest():
             raise Failed("the file here changed meanwhile: try again")
         return digest
 
     def receive(self, offset, digest):
         while offset < self.size:
             data = self.client.link.read(self.size - offset)
+            offset += len(data)
+            self.coming = self.size - offset
             write_all(self.target.file, data)
             if digest:
                 digest.update(data)
             self.progress(len(data))
-            offset += len(data)
 
-    def check(self, answer, digest):
-        sha256, = fields(answer, "sha256")
+    def check(self, digest):
+        """Read the last line of the answer and compare the hash in it."""
+        self.coming = None
+        sha256, = fields(self.client.link.answer(work_time(self.size)), "sha256")
         if digest and sha256 and sha256.lower() != digest.hexdigest():
             raise Failed("what arrived has another SHA-256 than what was sent")
         if digest and not sha256:
@@ -914,6 +940,18 @@ class Get(Job):
     def drop(self):
         with contextlib.suppress(OSError):
             self.target.close()
+
+    def read_past(self):
+        coming, self.coming = self.coming, None
+        if coming is None:
+            return True
+        with contextlib.suppress(Broken, BadMessage, Refusal):
+            while 0 < coming <= SMALL:
+                coming -= len(self.client.link.read(coming))
+            if not coming:
+                self.client.link.answer(work_time(self.size))
+                return True
+        return False
 
     def classic(self):
         """The same in the original's dialect: all from the start, without a hash."""
@@ -945,6 +983,7 @@ class FtpClient:
         self.classic, self.greeted = options.classic, False
         self.link, self.tries = None, 0
         self.todo, self.under_way = collections.deque(), collections.deque()
+        self.named = 0                          # characters of the names under way
         self.failed = []                        # what the command that runs could not do
         self.left_out = []                      # what a listing holds that we could not ask for or must not show
         self.bar = Bar(0, 0, False)
@@ -1071,28 +1110,44 @@ class FtpClient:
         return not self.failed
 
     def turn(self):
-        """Ask for as many files as may be under way, then take answers until half of them are done."""
+        """Ask for one more file, if it may be under way beside the others, or take the answer about the first."""
         self.create_socket()
-        while self.todo and len(self.under_way) < WINDOW and not (self.under_way and (
-                self.todo[0].alone or self.under_way[-1].alone)):
-            job = self.todo.popleft()
-            self.under_way.append(job)
-            if self.classic:
-                return self.do_classic(job)
+        if self.classic:
+            return self.do_classic(self.todo.popleft())
+        if not self.may_ask():
+            return self.take_answer()
+        job = self.todo.popleft()
+        self.under_way.append(job)
+        self.named += len(job.name)
+        try:
             if not self.attempt(job, job.ask):
-                self.under_way.pop()
-            if not self.link:
-                return self.ask_again()
-        full = self.todo and not self.todo[0].alone and not (self.under_way and self.under_way[0].alone)
-        rest = WINDOW // 2 if full else 0
-        while len(self.under_way) > rest:
-            job = self.under_way[0]
-            done = self.attempt(job, job.finish)
-            self.under_way.popleft()
-            if done:
-                self.tell(job)
-            if not self.link:
-                return self.ask_again()
+                self.named -= len(self.under_way.pop().name)
+        except Broken:
+            while self.under_way and self.link and self.link.answered():    # what came before it broke counts
+                self.take_answer()
+            raise
+        if not self.link:
+            self.ask_again()
+
+    def may_ask(self):
+        """Tell whether the next file may be asked for before the first answer is taken."""
+        count = len(self.under_way)
+        if not (self.todo and count):
+            return bool(self.todo)
+        if self.todo[0].alone or self.under_way[-1].alone or self.named > NAMES:
+            return False
+        return count < WINDOW // 2 or count < WINDOW and not self.link.answered()
+
+    def take_answer(self):
+        """Finish the file that was asked for first."""
+        job = self.under_way[0]
+        done = self.attempt(job, job.finish)
+        self.under_way.popleft()
+        self.named -= len(job.name)
+        if done:
+            self.tell(job)
+        if not self.link:
+            self.ask_again()
 
     def classic_answer(self, pattern):
         """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None."""
@@ -1113,6 +1168,7 @@ class FtpClient:
 
     def do_classic(self, job):
         """One job, one connection: the original server mixes up the files of a connection."""
+        self.under_way.append(job)
         done = self.attempt(job, job.classic)
         self.under_way.popleft()
         self.close()
@@ -1120,14 +1176,15 @@ class FtpClient:
             self.tell(job)
 
     def attempt(self, job, step):
-        """Do a step of a job; False where it failed for good. What it leaves in the stream goes with the link."""
+        """Do a step of a job; False where it failed for good. What it leaves in the stream is read, or goes with the
+        link."""
         try:
             step()
             return True
         except Refusal as error:
             self.fail(job.label, error)
         except (Failed, BadMessage, OSError, RecursionError) as error:
-            if step == job.finish or isinstance(error, BadMessage):
+            if isinstance(error, BadMessage) or not job.read_past():
                 self.close()
             self.fail(job.label, reason(error))
         job.drop()
@@ -1137,6 +1194,7 @@ class FtpClient:
         """What was under way has to be asked for again, over a new connection."""
         self.todo.extendleft(reversed(self.under_way))
         self.under_way.clear()
+        self.named = 0
 
     def fail(self, label, why):
         self.failed.append(label)
@@ -1355,9 +1413,10 @@ class Bar:
         except (OSError, ValueError):
             return
         line = self.text(printable(label), width)
-        sys.stderr.write("\r%s%s\r" % (line, " " * (width - columns(line))))
-        sys.stderr.flush()
         self.shown = width
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write("\r%s%s\r" % (line, " " * (width - columns(line))))
+            sys.stderr.flush()
 
     def text(self, label, width):
         """name, percent, bytes, speed and time left, in at most width columns."""

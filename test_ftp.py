@@ -3737,6 +3737,83 @@ def test_file_that_always_breaks_the_connection_fails_alone(work):
     assert asked["bad"] == 3
 
 
+def test_put_that_breaks_the_connection_among_many_fails_alone(work):
+    patch = "import ftp_client; ftp_client.FIRST_PAUSE = 0.01"
+    asked = collections.Counter()
+
+    def put(peer, header):
+        asked[header["name"]] += 1
+        if header["name"] == "d/20":
+            raise Hangup
+        data = peer.read(header["size"])
+        peer.line()
+        peer.send(dict(header, ok=True, sha256=sha(data), duplicate=False))
+
+    files = {"%02d" % number: content(100000, number) for number in range(40)}
+    (work / "d").mkdir()
+    fill(work / "d", files)
+    with fake_server(put=put) as (port, headers):
+        done = client(port, "put", "-r", "d", "--retries", "2", cwd=work, patch=patch)
+    assert done.code == 1 and done.err.splitlines()[-1].endswith("failed: d/20") and "39 of 40 done" in done.err
+    assert asked == dict({"d/" + name: 1 for name in files}, **{"d/20": 3})
+
+
+@linux
+@in_all_modes_at_once
+def test_long_names_of_many_files_do_not_stop_both_sides_at_once(mode, folder):
+    """Requests that fill all buffers of one way while the answers fill those of the other would wait for ever."""
+    path, files = os.path.join(*["文" * 80] * 15), {"%03d" % number: content(100000, number) for number in range(300)}
+    with serve(mode, folder) as server:
+        (folder / "work").mkdir()
+        os.makedirs(os.path.join(server.download, "d", path))
+        fill(os.path.join(server.download, "d", path), files)
+        done = client(server, "get", "-r", "d", "--timeout", "3", "--retries", "0", cwd=folder / "work")
+        assert done.code == 0 and tree(folder / "work" / "d" / path) == files
+
+
+@cases("ways", {"a folder of its name": None, "disk full": errno.ENOSPC})
+def test_files_that_cannot_be_stored_here_cost_no_connection(lone, work, tmp_path, ways):
+    files, faults = {"%02d" % number: content(9000, number) for number in range(40)}, Faults(tmp_path)
+    os.mkdir(os.path.join(lone.download, "d"))
+    fill(os.path.join(lone.download, "d"), files)
+    for name in list(files)[:20] if not ways else []:
+        os.makedirs(str(work / "d" / name))
+    if ways:
+        faults.arm("raise", ["write"], last=20, error=ways)
+    start = len(lone.log())
+    done = client(lone, "get", "-r", "-f", "d", cwd=work, faults=faults)
+    assert done.code == 1 and "20 of 40 done" in done.err
+    assert {name: data for name, data in tree(work / "d").items() if data} == dict(list(files.items())[20:])
+    wait_for(lambda: lone.log()[start:].count(" left") == 1)
+    assert lone.log()[start:].count(" connected") == 1 and lone.log()[start:].count(" get ") == 40
+
+
+def test_file_here_that_changes_before_the_answer_is_not_mixed_with_it(work):
+    def get(peer, header):
+        fill(work, {"x": b"M" * 1000})
+        peer.send({"ok": True, "size": 2000, "offset": 1000, "mtime": 0}, b"B" * 1000, {"ok": True, "sha256": None})
+
+    fill(work, {"x": b"A" * 1000})
+    with fake_server(get=get) as (port, headers):
+        done = client(port, "get", "x", "--no-verify", cwd=work)
+    assert done.code == 1 and "changed" in done.err and tree(work) == {"x": b"M" * 1000}
+
+
+@posix
+def test_file_here_that_cannot_be_looked_at_is_not_taken_for_another(lone, work, tmp_path):
+    faults, same = Faults(tmp_path), b"2" * 1000
+    lone.serves("x", same)
+    for number in range(1, 12):
+        fill(work, {"x": b"1" * 1000, "x-2": same})
+        faults.arm("raise", ["open"], at=number, error=errno.EMFILE)
+        done = client(lone, "get", "x", cwd=work, faults=faults)
+        assert done.code == 1 or "already here as x-2" in done.out
+        assert tree(work) == {"x": b"1" * 1000, "x-2": same}
+        if not faults.struck():
+            break
+    assert 2 < number < 11
+
+
 def test_listing_that_breaks_is_asked_for_again(work):
     answers = [listing("d", kind="dir"), listing("x")[:-5], listing("x")]
 
@@ -4329,10 +4406,11 @@ def test_client_falls_back_where_hello_is_met_by_a_hang_up(tmp_path, work):
     assert tree(work) == {"x": b"hello", "y": b"there"}
 
 
-def test_classic_client_works_with_our_server(server, work):
-    files = {unique(): content(size) for size in (0, 5, 70000)}
+@cases("patch", {"as it is": "", "without sendfile": "import os; vars(os).pop('sendfile', None)"})
+def test_classic_client_works_with_our_server(server, work, patch):
+    files = {unique(): content(size) for size in (0, 5, 600000)}
     fill(work, files)
-    done = client(server, "--classic", "put", *files, cwd=work)
+    done = client(server, "--classic", "put", *files, cwd=work, patch=patch)
     assert done.code == 0 and ": stored" not in done.out
     wait_for(lambda: all(server.stored(name) == data for name, data in files.items()))
     down = unique()
@@ -4617,6 +4695,25 @@ def test_progress_bar_keeps_its_numbers_whatever_the_name(label, columns):
     text = bar.text(label, columns)
     assert width(text) <= columns
     assert " 50% 50 B"[:columns].rstrip() in text
+
+
+def test_progress_bar_that_the_terminal_does_not_take_stops_no_transfer(monkeypatch):
+    class FullTerminal:
+        encoding, tries = "utf-8", 0
+
+        def fileno(self):
+            return 2
+
+        def write(self, text):
+            self.tries += 1
+            raise BlockingIOError
+
+    monkeypatch.setattr(sys, "stderr", FullTerminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+    bar = ftp_client.Bar(1, 100, True)
+    bar.add(ftp_client.Job(None, "x", 100), 100)
+    bar.clear()
+    assert sys.stderr.tries == 2
 
 
 @terminal
