@@ -2231,6 +2231,7 @@ def test_partial_that_is_removed_or_cut_on_a_hanging_disk_makes_nobody_else_wait
 
 
 @posix
+@early
 @in_all_modes_at_once
 def test_server_stops_while_the_disk_hangs(mode, folder):
     faults, data = Faults(folder), content(MIB)
