@@ -28,7 +28,6 @@ import codecs
 import collections
 import contextlib
 import errno
-import functools
 import hashlib
 import heapq
 import io
@@ -902,11 +901,11 @@ class Wire:
                 await announce(BLOCKS)
                 raise Gone(error.strerror) from None
 
-    async def receive(self, operation, argument):
+    async def receive(self, operation, *args):
         """Do a reading operation, after all that is owed was sent. Raises Gone at the end of the stream."""
         if self.owed:
             await self.flush()
-        got = await self.attempt(READ, operation, argument)
+        got = await self.attempt(READ, operation, *args)
         if not got:
             await announce(BLOCKS)
             raise Gone("the client closed the connection")
@@ -1312,7 +1311,7 @@ class Session:
             with contextlib.suppress(OSError):      # a user may have so much in pipes only
                 fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE)
             while self.payload:
-                count = await self.wire.receive(functools.partial(self.wire.splice, end), self.payload)
+                count = await self.wire.receive(self.wire.splice, end, self.payload)
                 self.payload -= count
                 await announce(COMPUTES)
                 upload.write_from(pipe, count)
