@@ -46,7 +46,7 @@ RECEIVE = 1 << 20          # bytes taken off the socket at a time
 JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
-WINDOW = 512               # requests sent before the first is answered, at most
+WINDOW = 256               # requests sent before the first is answered, at most
 NAMES = 8192               # characters of the names in them, about: who waits to send must not wait for one who does so too
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WORK_RATE = 5e6            # bytes a second that a server hashes, or the original one reads, at least
@@ -1110,33 +1110,39 @@ class FtpClient:
         return not self.failed
 
     def turn(self):
-        """Ask for one more file, if it may be under way beside the others, or take the answer about the first."""
+        """Ask for as many files as may be under way, then take answers until half of them are done."""
         self.create_socket()
         if self.classic:
             return self.do_classic(self.todo.popleft())
-        if not self.may_ask():
-            return self.take_answer()
-        job = self.todo.popleft()
-        self.under_way.append(job)
-        self.named += len(job.name)
         try:
-            if not self.attempt(job, job.ask):
-                self.named -= len(self.under_way.pop().name)
+            while self.link and self.may_ask():
+                self.ask_next()
+            if self.link:
+                self.link.flush()
         except Broken:
             while self.under_way and self.link and self.link.answered():    # what came before it broke counts
                 self.take_answer()
             raise
-        if not self.link:
-            self.ask_again()
+        more = self.todo and not self.todo[0].alone
+        rest = len(self.under_way) // 2 if more else 0
+        while len(self.under_way) > rest:
+            self.take_answer()
 
     def may_ask(self):
         """Tell whether the next file may be asked for before the first answer is taken."""
-        count = len(self.under_way)
-        if not (self.todo and count):
+        if not (self.todo and self.under_way):
             return bool(self.todo)
-        if self.todo[0].alone or self.under_way[-1].alone or self.named > NAMES:
-            return False
-        return count < WINDOW // 2 or count < WINDOW and not self.link.answered()
+        alone = self.todo[0].alone or self.under_way[-1].alone
+        return not alone and len(self.under_way) < WINDOW and self.named < NAMES
+
+    def ask_next(self):
+        job = self.todo.popleft()
+        self.under_way.append(job)
+        self.named += len(job.name)
+        if not self.attempt(job, job.ask):
+            self.named -= len(self.under_way.pop().name)
+        if not self.link:
+            self.ask_again()
 
     def take_answer(self):
         """Finish the file that was asked for first."""

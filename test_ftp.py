@@ -3789,6 +3789,18 @@ def test_files_that_cannot_be_stored_here_cost_no_connection(lone, work, tmp_pat
     assert lone.log()[start:].count(" connected") == 1 and lone.log()[start:].count(" get ") == 40
 
 
+@early
+@in_all_modes_at_once
+def test_slow_disk_here_does_not_make_the_server_think_that_nobody_is_there(mode, folder):
+    patch = "import os, time; flush = os.fsync; os.fsync = lambda fd: time.sleep(0.003) or flush(fd)"
+    (folder / "work").mkdir()
+    with serve(mode, folder, "--timeout", "1.2") as server:
+        os.mkdir(os.path.join(server.download, "d"))
+        fill(os.path.join(server.download, "d"), {"%03d" % number: b"x" for number in range(900)})
+        done = client(server, "get", "-r", "d", "--retries", "0", cwd=folder / "work", patch=patch)
+        assert done.code == 0 and len(tree(folder / "work" / "d")) == 900
+
+
 def test_file_here_that_changes_before_the_answer_is_not_mixed_with_it(work):
     def get(peer, header):
         fill(work, {"x": b"M" * 1000})
