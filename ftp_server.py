@@ -62,11 +62,11 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
-CROWD, CROWD_BUFFER = 16, 96 << 10      # sessions from which on those to come get less, for the same reason
+CROWD, CROWD_BUFFER = 16, 72 << 10      # sessions from which on those to come get less, for the same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 PIPE = 1 << 20             # the same of one that goes through a pipe: as many as any user may ask for, see pipe(7)
-SLICE = 1 << 18            # bytes sent to one client before the others have their turn, if these are many
+SLICE = 160 << 10          # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
@@ -84,6 +84,8 @@ BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as 
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
 AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # of the sessions that want to, as many may
 STUCK = 0.5                # seconds after which one that stands still is not counted among them
+PATIENCE, QUICK = 0.01, 20 # seconds in which this many sessions can be through with their files, if the disk is quick
+SLOW_TIME = 1              # seconds that one is held to be slow after it was
 ACCEPTS = 32               # connections that are accepted before those there are have their turn
 REQUESTS = 32              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
@@ -818,9 +820,10 @@ def parse_classic(data):
 # ==== Waiting: two traps, and the wire built on them =====================================================
 
 @types.coroutine
-def ready(sock, event, timeout):
-    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds."""
-    yield sock, event, timeout
+def ready(sock, event, timeout, kind):
+    """Pause until sock is ready for event, for work of some kind or None; socket.timeout is raised here after timeout
+    seconds."""
+    yield sock, event, timeout, kind
 
 
 @types.coroutine
@@ -882,9 +885,7 @@ class Wire:
             try:
                 if patience <= 0:
                     raise socket.timeout
-                await ready(self.sock, event, patience)
-                if kind:
-                    await announce(kind)
+                await ready(self.sock, event, patience, kind)
                 return operation(*args)
             except (BlockingIOError, InterruptedError):
                 pass
@@ -974,7 +975,7 @@ class Wire:
         """Send at most count bytes of a raw file from offset on by sendfile(2); how many, 0 behind its end."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=COMPUTES)
+        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=BLOCKS)
 
     def sendfile(self, fd, offset, count):
         """sendfile(2); None where the file's system can't do that."""
@@ -1575,8 +1576,8 @@ class FtpHandler(socketserver.BaseRequestHandler):
                     wait = steps.send(None)
                 elif wait == COMPUTES:
                     wait = self.in_turn(steps)
-                elif wait_for(*wait):
-                    wait = steps.send(None)
+                elif wait_for(*wait[:3]):
+                    wait = wait[3] or steps.send(None)
                 else:
                     wait = steps.throw(socket.timeout())
         except StopIteration:
@@ -1702,6 +1703,13 @@ class DiscoveryServer(Stoppable, socketserver.ThreadingUDPServer):
 
 # ==== Backend: selectors, all clients in one loop =========================================================
 
+def pop_each(items):
+    """Take items from the left of a deque as long as there are any; more than one thread may."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield items.popleft()
+
+
 class Workers:
     """Threads for what would block the loop: as many as are busy at once."""
 
@@ -1746,11 +1754,12 @@ class Workers:
 
 class Task:
     """A session in the loop: its coroutine, and what that waits for."""
-    __slots__ = ("session", "steps", "sock", "event", "away", "deadline", "alarm")
+    __slots__ = ("session", "steps", "sock", "event", "kind", "away", "deadline", "alarm")
 
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
+        self.kind = None            # kind of the work that comes when sock is ready
         self.away = None            # kind of the work that a worker does for it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
@@ -1785,7 +1794,9 @@ class SelectFtpServer:
         self.socket.listen(BACKLOG)
         self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop
         self.rung = False
-        self.sel.register(self.bell, READ, self.take_back)
+        self.batch = collections.deque()            # of this turn's Tasks those that have to do with files
+        self.slow_until = 0.0                       # time.monotonic() from which on the disk may be quick again
+        self.sel.register(self.bell, READ, self.answer_bell)
 
     def start_discovery(self):
         """Answer on the UDP port of the same number too: one more socket in the same loop."""
@@ -1828,6 +1839,7 @@ class SelectFtpServer:
             except Exception:       # one event less, and the loop goes on
                 LOG.exception("bug in %s", callback.__name__)
         self.expire()
+        self.do_batch()
         for turns in self.turns.values():
             for task in turns.relieve():
                 self.workers.submit(self.work, task)
@@ -1851,7 +1863,7 @@ class SelectFtpServer:
             self.sel.unregister(conn)
             task.event = 0
         else:
-            self.wait(task, task.advance())
+            self.wait(task, task.kind or task.advance())
 
     def wait(self, task, wait):
         """Note what a session waits for; if that can't be, the session ends and nothing else."""
@@ -1866,11 +1878,14 @@ class SelectFtpServer:
         task.deadline = math.inf
         if wait == "done":
             self.close(task)
-        elif wait in AT_ONCE:
+        elif wait == BLOCKS:
+            task.away = wait
+            self.batch.append(task)
+        elif wait == COMPUTES:
             if self.has_turn(task, wait):
                 self.workers.submit(self.work, task)
         else:
-            sock, event, timeout = wait
+            sock, event, timeout, task.kind = wait
             if not task.event:
                 self.sel.register(sock, event, self.resume)
             elif task.event != event:
@@ -1899,20 +1914,60 @@ class SelectFtpServer:
                     following = task
             else:
                 self.back.append((task, wait))
-                if not self.rung:                               # else the loop has still to look
-                    self.rung = True
-                    self.button.send(b"!")
+                self.ring()
             task = following
+
+    def do_batch(self):
+        """Let one worker do what this turn's sessions have to do with files, and wait for it: threads that run at the
+        same time as this one would only take the interpreter from each other. But if it isn't quick, as with a disk
+        that hangs, the loop goes on, and for a while each session gets a worker of its own."""
+        if not self.batch:
+            return
+        batch, self.batch = self.batch, collections.deque()
+        if time.monotonic() >= self.slow_until:
+            left, ended = len(batch), threading.Event()
+            self.workers.submit(self.work_through, (batch, ended))
+            while not ended.wait(PATIENCE):
+                if left - len(batch) < QUICK:
+                    self.slow_until = time.monotonic() + SLOW_TIME
+                    ended.set()
+                left = len(batch)
+            self.take_back()
+        for task in pop_each(batch):
+            if self.has_turn(task, BLOCKS):
+                self.workers.submit(self.work, task)
+
+    def work_through(self, job):
+        """In a worker: run each session of a batch until it waits for anything but a file."""
+        batch, ended = job
+        for task in pop_each(batch):
+            wait = task.advance(GeneratorExit() if self.service.stopping else None)
+            while wait == BLOCKS and not self.service.stopping:
+                wait = task.advance()
+            self.back.append((task, wait))
+        if ended.is_set():          # too late: the loop has gone on
+            self.ring()
+        ended.set()
+
+    def ring(self):
+        """Wake the loop, to take back what a worker is done with."""
+        if not self.rung:           # else it has still to look
+            self.rung = True
+            self.button.send(b"!")
 
     @staticmethod
     def goes_on(kind, wait):
         """Tell whether a worker may go on at once: there is more of the same to do, or a stream that never pauses."""
         return wait == kind or kind == COMPUTES and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
-    def take_back(self, sock, mask):
-        """Callback of the bell: sessions come back from the workers."""
+    def answer_bell(self, sock, mask):
+        """Callback of the bell."""
         sock.recv(CHUNK)
         self.rung = False           # before the look: whoever comes after it rings again
+        self.take_back()
+
+    def take_back(self):
+        """Note what the sessions wait for that come back from the workers."""
         while self.back:
             task, wait = self.back.popleft()
             task.away = None

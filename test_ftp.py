@@ -2172,6 +2172,26 @@ def test_slow_disk_that_some_are_served_from_makes_nobody_else_wait(mode, folder
 
 
 @posix
+@in_all_modes_at_once
+def test_disk_that_hangs_for_one_of_many_that_ask_at_once_makes_no_other_wait(mode, folder):
+    faults, data = Faults(folder), content(1000)
+    with serve(mode, folder, faults=faults) as server, contextlib.ExitStack() as stack:
+        server.serves("x", data)
+        peers = [stack.enter_context(server.peer()) for _ in range(30)]
+        assert all(peer.hello()["ok"] for peer in peers)
+        faults.arm("hold", ["open"])
+        server.process.send_signal(signal.SIGSTOP)      # so that it finds all their requests together
+        for peer in peers:
+            peer.send({"cmd": "get", "name": "x"})
+        server.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: len(select.select([peer.sock for peer in peers], [], [], 0)[0]) == len(peers) - 1)
+        assert faults.struck()
+        faults.disarm()
+        for peer in peers:
+            assert peer.line()["ok"] and peer.read(len(data)) == data and peer.line()["ok"]
+
+
+@posix
 @at_once_for({"%s in %s mode" % pair: pair for pair in itertools.product(["read", "sendfile", "write"], ftp_server.MODES)})
 def test_disk_that_hangs_for_some_makes_nobody_else_wait(pair, folder):
     """As many as may compute at a time stand still; the others have their turn all the same."""
