@@ -68,6 +68,7 @@ RECEIVE = 1 << 19          # bytes of an upload that are collected before they a
 PIPE = 1 << 20             # the same of one that goes through a pipe: as many as any user may ask for, see pipe(7)
 SLICE = 160 << 10          # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
+SMALL = 1 << 16            # bytes that are read and hashed sooner than another thread can begin with it
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
@@ -1195,8 +1196,9 @@ class Session:
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
         view = memoryview(bytearray(min(CHUNK, stop - offset)))
         download.file.seek(offset)
+        kind = COMPUTES if stop - offset > SMALL else BLOCKS
         while offset < stop:
-            await announce(COMPUTES)
+            await announce(kind)
             count = download.file.readinto(view[:stop - offset])
             offset = download.advance(offset, count)
             if digest:
