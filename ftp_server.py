@@ -85,8 +85,8 @@ BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as 
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
 AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # of the sessions that want to, as many may
 STUCK = 0.5                # seconds after which one that stands still is not counted among them
-PATIENCE, QUICK = 0.01, 20 # seconds in which this many sessions can be through with their files, if the disk is quick
-SLOW_TIME = 1              # seconds that one is held to be slow after it was
+QUICK = 0.0005             # seconds that a session's turn with its files takes, at most, if the disk is quick
+SLOW_TIME = 0.25           # seconds that a disk is held to be slow after it was
 ACCEPTS = 32               # connections that are accepted before those there are have their turn
 REQUESTS = 32              # that one client may have answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
@@ -1927,29 +1927,27 @@ class SelectFtpServer:
             return
         batch, self.batch = self.batch, collections.deque()
         if time.monotonic() >= self.slow_until:
-            left, ended = len(batch), threading.Event()
-            self.workers.submit(self.work_through, (batch, ended))
-            while not ended.wait(PATIENCE):
-                if left - len(batch) < QUICK:
-                    self.slow_until = time.monotonic() + SLOW_TIME
-                    ended.set()
-                left = len(batch)
+            patience, over = min(TICK, QUICK * (len(batch) + 2)), threading.Event()
+            self.workers.submit(self.work_through, (batch, over))
+            if not over.wait(patience):
+                self.slow_until = time.monotonic() + SLOW_TIME
+                over.set()
             self.take_back()
         for task in pop_each(batch):
             if self.has_turn(task, BLOCKS):
                 self.workers.submit(self.work, task)
 
     def work_through(self, job):
-        """In a worker: run each session of a batch until it waits for anything but a file."""
-        batch, ended = job
+        """In a worker: run each session of a batch until it waits for anything but a file, unless the wait is over."""
+        batch, over = job
         for task in pop_each(batch):
             wait = task.advance(GeneratorExit() if self.service.stopping else None)
             while wait == BLOCKS and not self.service.stopping:
                 wait = task.advance()
             self.back.append((task, wait))
-        if ended.is_set():          # too late: the loop has gone on
-            self.ring()
-        ended.set()
+            if over.is_set():       # the loop has gone on, and sees to the others itself
+                return self.ring()
+        over.set()
 
     def ring(self):
         """Wake the loop, to take back what a worker is done with."""

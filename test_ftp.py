@@ -2191,6 +2191,28 @@ def test_disk_that_hangs_for_one_of_many_that_ask_at_once_makes_no_other_wait(mo
             assert peer.line()["ok"] and peer.read(len(data)) == data and peer.line()["ok"]
 
 
+ONE_SLOW_FILE = """
+import itertools, os, threading, time
+opened, calls, begun = os.open, itertools.count(), threading.Thread.start
+os.open = lambda *args, **more: ("x" in args and time.sleep(3 if next(calls) else 0.1), opened(*args, **more))[1]
+threading.Thread.start = lambda self: (time.sleep(0.002), begun(self))[1]  # so that many take a while
+"""
+
+
+@posix
+@in_all_modes_at_once
+def test_disk_that_is_slow_for_one_and_hangs_for_all_others_that_ask_at_once_lets_the_one_go(mode, folder):
+    with serve(mode, folder, patch=ONE_SLOW_FILE) as server, contextlib.ExitStack() as stack:
+        server.serves("x", b"123")
+        peers = [stack.enter_context(server.peer()) for _ in range(100)]
+        assert all(peer.hello()["ok"] for peer in peers)
+        server.process.send_signal(signal.SIGSTOP)      # so that it finds all their requests together
+        for peer in peers:
+            peer.send({"cmd": "get", "name": "x"})
+        server.process.send_signal(signal.SIGCONT)
+        assert len(select.select([peer.sock for peer in peers], [], [], 2)[0]) == 1
+
+
 @posix
 @at_once_for({"%s in %s mode" % pair: pair for pair in itertools.product(["read", "sendfile", "write"], ftp_server.MODES)})
 def test_disk_that_hangs_for_some_makes_nobody_else_wait(pair, folder):
