@@ -2194,7 +2194,11 @@ def test_disk_that_hangs_for_one_of_many_that_ask_at_once_makes_no_other_wait(mo
 ONE_SLOW_FILE = """
 import itertools, os, threading, time
 opened, calls, begun = os.open, itertools.count(), threading.Thread.start
-os.open = lambda *args, **more: ("x" in args and time.sleep(3 if next(calls) else 0.1), opened(*args, **more))[1]
+def wait_and_open(path, *args, **more):
+    if os.path.basename(os.fsencode(path)) == b"x":
+        time.sleep(3 if next(calls) else 0.1)
+    return opened(path, *args, **more)
+os.open = wait_and_open
 threading.Thread.start = lambda self: (time.sleep(0.002), begun(self))[1]  # so that many take a while
 """
 
@@ -3831,7 +3835,7 @@ def test_files_that_cannot_be_stored_here_cost_no_connection(lone, work, tmp_pat
 @early
 @in_all_modes_at_once
 def test_slow_disk_here_does_not_make_the_server_think_that_nobody_is_there(mode, folder):
-    patch = "import os, time; flush = os.fsync; os.fsync = lambda fd: time.sleep(0.003) or flush(fd)"
+    patch = "import os, time; os.fsync = lambda fd: time.sleep(0.003)"
     (folder / "work").mkdir()
     with serve(mode, folder, "--timeout", "1.2") as server:
         os.mkdir(os.path.join(server.download, "d"))
