@@ -1884,8 +1884,7 @@ class SelectFtpServer:
             task.away = wait
             self.batch.append(task)
         elif wait == COMPUTES:
-            if self.has_turn(task, wait):
-                self.workers.submit(self.work, task)
+            self.hand_over(task, wait)
         else:
             sock, event, timeout, task.kind = wait
             if not task.event:
@@ -1900,6 +1899,11 @@ class SelectFtpServer:
         """True where a worker may run a session at once; else the session is in line."""
         task.away = kind
         return self.turns[kind].take(task)
+
+    def hand_over(self, task, kind):
+        """Let a worker run a session as soon as it is its turn."""
+        if self.has_turn(task, kind):
+            self.workers.submit(self.work, task)
 
     def work(self, task):
         """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
@@ -1934,8 +1938,7 @@ class SelectFtpServer:
                 over.set()
             self.take_back()
         for task in pop_each(batch):
-            if self.has_turn(task, BLOCKS):
-                self.workers.submit(self.work, task)
+            self.hand_over(task, BLOCKS)
 
     def work_through(self, job):
         """In a worker: run each session of a batch until it waits for anything but a file, unless the wait is over."""
@@ -1968,8 +1971,7 @@ class SelectFtpServer:
 
     def take_back(self):
         """Note what the sessions wait for that come back from the workers."""
-        while self.back:
-            task, wait = self.back.popleft()
+        for task, wait in pop_each(self.back):
             task.away = None
             self.wait(task, wait)
 

@@ -2171,20 +2171,31 @@ def test_slow_disk_that_some_are_served_from_makes_nobody_else_wait(mode, folder
             assert peer.line()["size"] == len(data) and peer.read(len(data)) == data and peer.line()["ok"]
 
 
+def get_together(server, stack, count):
+    """Ask for x from so many peers whose requests the server finds all at once; return them."""
+    peers = [stack.enter_context(server.peer()) for _ in range(count)]
+    assert all(peer.hello()["ok"] for peer in peers)
+    server.process.send_signal(signal.SIGSTOP)
+    for peer in peers:
+        peer.send({"cmd": "get", "name": "x"})
+    server.process.send_signal(signal.SIGCONT)
+    return peers
+
+
+def answered(peers, seconds=0):
+    """Return the sockets of the peers that an answer has come for, waiting some seconds for the first."""
+    return select.select([peer.sock for peer in peers], [], [], seconds)[0]
+
+
 @posix
 @in_all_modes_at_once
 def test_disk_that_hangs_for_one_of_many_that_ask_at_once_makes_no_other_wait(mode, folder):
     faults, data = Faults(folder), content(1000)
     with serve(mode, folder, faults=faults) as server, contextlib.ExitStack() as stack:
         server.serves("x", data)
-        peers = [stack.enter_context(server.peer()) for _ in range(30)]
-        assert all(peer.hello()["ok"] for peer in peers)
         faults.arm("hold", ["open"])
-        server.process.send_signal(signal.SIGSTOP)      # so that it finds all their requests together
-        for peer in peers:
-            peer.send({"cmd": "get", "name": "x"})
-        server.process.send_signal(signal.SIGCONT)
-        wait_for(lambda: len(select.select([peer.sock for peer in peers], [], [], 0)[0]) == len(peers) - 1)
+        peers = get_together(server, stack, 30)
+        wait_for(lambda: len(answered(peers)) == len(peers) - 1)
         assert faults.struck()
         faults.disarm()
         for peer in peers:
@@ -2208,13 +2219,7 @@ threading.Thread.start = lambda self: (time.sleep(0.002), begun(self))[1]  # so 
 def test_disk_that_is_slow_for_one_and_hangs_for_all_others_that_ask_at_once_lets_the_one_go(mode, folder):
     with serve(mode, folder, patch=ONE_SLOW_FILE) as server, contextlib.ExitStack() as stack:
         server.serves("x", b"123")
-        peers = [stack.enter_context(server.peer()) for _ in range(100)]
-        assert all(peer.hello()["ok"] for peer in peers)
-        server.process.send_signal(signal.SIGSTOP)      # so that it finds all their requests together
-        for peer in peers:
-            peer.send({"cmd": "get", "name": "x"})
-        server.process.send_signal(signal.SIGCONT)
-        assert len(select.select([peer.sock for peer in peers], [], [], 2)[0]) == 1
+        assert len(answered(get_together(server, stack, 100), 2)) == 1
 
 
 @posix
