@@ -254,6 +254,7 @@ class Link:
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
         self.failed = None          # the Broken that ended sending: who knows how much of a message has gone
+        self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.buffer = None          # for what is long
 
     @contextlib.contextmanager
@@ -301,11 +302,16 @@ class Link:
 
     def wait(self, event, seconds):
         """Wait until the socket is ready. A peer that still takes what is on its way to it is slow but not silent."""
-        left = unsent(self.sock)
-        while not wait_for(self.sock, event, seconds):
-            left, before = unsent(self.sock), left
-            if left >= before:
+        left, now = unsent(self.sock), time.monotonic()
+        limit = now + seconds
+        while not wait_for(self.sock, event, max(0, min(seconds / 8, limit - now, self.deadline - now))):
+            left, before, now = unsent(self.sock), left, time.monotonic()
+            if left < before:
+                limit = now + seconds
+            if now >= limit:
                 raise Broken("nothing moved for %.3g seconds" % seconds)
+            if now >= self.deadline:
+                raise Broken("a header was not complete in %g seconds" % HEADER_TIME)
 
     def request(self, **message):
         if self.explain:
@@ -330,15 +336,18 @@ class Link:
         """Read one header: its first byte within timeout + patience seconds, the rest within HEADER_TIME."""
         if not self.ahead:
             self.fill(self.timeout + patience)
-        limit, searched = time.monotonic() + HEADER_TIME, 0
-        while True:
-            end = self.ahead.find(b"\n", searched, HEADER_LIMIT) + 1
-            if end:
-                return self.take(end)
-            if len(self.ahead) >= HEADER_LIMIT:
-                raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
-            searched = len(self.ahead)
-            self.fill(max(0, min(self.timeout, limit - time.monotonic())))
+        self.deadline, searched = time.monotonic() + HEADER_TIME, 0
+        try:
+            while True:
+                end = self.ahead.find(b"\n", searched, HEADER_LIMIT) + 1
+                if end:
+                    return self.take(end)
+                if len(self.ahead) >= HEADER_LIMIT:
+                    raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
+                searched = len(self.ahead)
+                self.fill()
+        finally:
+            self.deadline = math.inf
 
     def take(self, count):
         """Take count bytes, or as many as there are, of what was read ahead."""
@@ -514,11 +523,15 @@ class Target:
 
     def open(self):
         """Open the partial, made if need be, and lock it against other clients; how long it is."""
+        made = False
         while self.file is None:
             try:
                 fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
             except FileNotFoundError:
+                if made:                        # a folder like those of /proc takes no files
+                    raise
                 os.makedirs(self.folder, exist_ok=True)
+                made = True
                 continue
             file = io.FileIO(fd, "rb+")
             try:
@@ -1165,10 +1178,12 @@ class FtpClient:
                 self.link.ahead.clear()
                 return match
             try:
-                self.link.fill(HEADER_TIME if self.link.ahead else None)
+                self.link.fill(min(HEADER_TIME, self.options.timeout) if self.link.ahead else None)
             except Broken as error:
-                if self.link.ahead or isinstance(error, HungUp):        # the latter is the classic way to refuse
+                if self.link.ahead:
                     break
+                if isinstance(error, HungUp):
+                    raise Refusal("refused", "the server hung up: that is a no, or it is no ftp_server.py") from None
                 raise
         return None
 
@@ -1257,7 +1272,7 @@ class FtpClient:
         return [entry for entry in map(self.entry_of, lines) if entry and (recursive or "/" not in entry["name"])]
 
     def read_listing(self):
-        left, = fields(self.link.answer(self.options.timeout), "size")
+        left, = fields(self.link.answer(), "size")
         self.payload("<-", left)
         if left > LISTING_LIMIT:
             raise BadMessage("a listing of %d bytes" % left)
@@ -1429,13 +1444,14 @@ class Bar:
         speed = self.moved / max(self.drawn - self.start, 1e-6)
         left = max(0, self.size - self.done) / speed if speed else math.inf
         percent = min(100, 100 * self.done // self.size) if self.size else 100
-        facts = " %3d%% %s %s/s" % (percent, human(self.done), human(speed))
-        facts += " %d:%02d left" % divmod(left, 60) if left < 360000 else ""
-        if self.files > 1:
-            facts = " %d/%d" % (min(self.finished + 1, self.files), self.files) + facts
+        facts = ""
+        for fact in (" %d/%d" % (min(self.finished + 1, self.files), self.files) if self.files > 1 else "",
+                     " %3d%%" % percent, " " + human(self.done), " %s/s" % human(speed),
+                     " %d:%02d left" % divmod(left, 60) if left < 360000 else ""):
+            facts += fact if len(facts + fact) <= width else ""
         encoding = sys.stderr.encoding or "ascii"
         label = label.encode(encoding, "backslashreplace").decode(encoding)
-        return clipped(label, width - len(facts)) + facts[:width]
+        return clipped(label, width - len(facts)) + facts
 
     def clear(self):
         """Take the line away, so that another can be printed."""

@@ -3840,9 +3840,9 @@ def test_files_that_cannot_be_stored_here_cost_no_connection(lone, work, tmp_pat
 @early
 @in_all_modes_at_once
 def test_slow_disk_here_does_not_make_the_server_think_that_nobody_is_there(mode, folder):
-    patch = "import os, time; os.fsync = lambda fd: time.sleep(0.003)"
+    patch = "import os, time; os.fsync = lambda fd: time.sleep(0.006)"
     (folder / "work").mkdir()
-    with serve(mode, folder, "--timeout", "1.2") as server:
+    with serve(mode, folder, "--timeout", "2.4") as server:
         os.mkdir(os.path.join(server.download, "d"))
         fill(os.path.join(server.download, "d"), {"%03d" % number: b"x" for number in range(900)})
         done = client(server, "get", "-r", "d", "--retries", "0", cwd=folder / "work", patch=patch)
@@ -3950,6 +3950,13 @@ def test_local_folders_nested_too_deeply_are_one_line(work):
         assert done.err.count("\n") == 1 and "inside one another" in done.err
     else:
         assert headers[-1]["cmd"] == "mkdir"
+
+
+@linux
+def test_folder_that_takes_no_files_is_one_line(lone, work):
+    lone.serves("x", b"hello")
+    done = client(lone, "get", "x", "-o", "/proc/x", cwd=work)  # a folder that is there, and answers "no such file"
+    assert done.code == 1 and done.err.count("\n") == 1 and "/proc/" in done.err
 
 
 def test_pattern_that_is_none_spoils_no_other(lone, work):
@@ -4375,18 +4382,23 @@ def test_refusal_of_a_server_that_takes_no_more_is_shown(work):
     assert done.code == 1 and "no room (disk-full)" in done.err
 
 
-def test_classic_answer_that_is_none_is_told(work):
+@pytest.mark.parametrize("answer, patch, options, told", [
+    (b"NO|1", "import ftp_client; ftp_client.HEADER_TIME = 0.3", [], "nonsense"),
+    (b"NO|1", "import ftp_client; ftp_client.HEADER_TIME = 1e6", ["--timeout", "0.3"], "nonsense"),
+    (None, "", [], "hung up"),
+], ids=["for good", "for now", "no answer"])
+def test_classic_answer_that_is_none_is_told(work, answer, patch, options, told):
     with listen() as listener, ThreadPoolExecutor(1) as pool:
         def talk():
             with contextlib.closing(listener.accept()[0]) as sock:
                 sock.recv(1000)
-                sock.sendall(b"NO|1")
-                return sock.recv(1000)
+                if answer:
+                    sock.sendall(answer)
+                    assert sock.recv(1000) == b""
         talking = pool.submit(talk)
-        done = client(listener.getsockname()[1], "--classic", "get", "x", cwd=work,
-                      patch="import ftp_client; ftp_client.HEADER_TIME = 0.3")
-        assert talking.result(PATIENCE) == b""
-    assert done.code == 1 and "nonsense" in done.err and done.err.count("\n") == 1
+        done = client(listener.getsockname()[1], "--classic", "get", "x", *options, cwd=work, patch=patch)
+        talking.result(PATIENCE)
+    assert done.code == 1 and told in done.err and done.err.count("\n") == 1
 
 
 @early
@@ -4424,19 +4436,38 @@ def test_server_that_falls_silent_is_given_up_and_a_slow_one_is_not(work):
         while True:
             peer.dribble(" ", 0.05)
 
+    def mute(peer, header):
+        if header["cmd"] == "put":
+            peer.read(header["size"])
+            peer.line()
+        assert peer.closed()
+        raise Hangup
+
     def slow(peer, header):
         peer.send(OK_GET)
         peer.dribble(b"1234567890", 0.15)
         peer.send({"ok": True, "sha256": sha(b"1234567890")})
 
-    def get(name, script):
-        with fake_server(get=script) as (port, headers):
-            return client(port, "get", name, "--retries", "0", "--timeout", "1", cwd=work, patch=patch).code
+    def ask(script, *command, timeout=1):
+        start = time.monotonic()
+        with fake_server(**{command[0]: script}) as (port, headers):
+            done = client(port, *command, "--retries", "0", "--timeout", str(timeout), cwd=work, patch=patch)
+        assert time.monotonic() - start < max(2 * timeout, 10)
+        return done.err.strip() or done.code
 
-    patch, start = "import ftp_client; ftp_client.HEADER_TIME = 1", time.monotonic()
-    assert at_once(lambda: get("x", silent), lambda: get("y", dripping), lambda: get("z", slow)) == [1, 1, 0]
-    assert time.monotonic() - start < 10
-    assert tree(work) == {"z": b"1234567890"}
+    patch = "import ftp_client; ftp_client.HEADER_TIME = 1.5"
+    fill(work, {"small": b"hello"})
+    assert at_once(
+        lambda: ask(silent, "get", "x"),
+        lambda: ask(dripping, "get", "y", timeout=2),
+        lambda: ask(mute, "get", "w", timeout=6),
+        lambda: ask(mute, "put", "small", timeout=6),
+        lambda: ask(mute, "ls", timeout=6),
+        lambda: ask(slow, "get", "z"),
+    ) == ["x: given up: nothing moved for 1 seconds", "y: given up: a header was not complete in 1.5 seconds",
+          "w: given up: nothing moved for 6 seconds", "small: given up: nothing moved for 6 seconds",
+          "given up: nothing moved for 6 seconds", 0]
+    assert tree(work) == {"small": b"hello", "z": b"1234567890"}
 
 
 # ==== Command line: the client, classic dialect =====================================================================
@@ -4756,6 +4787,15 @@ def test_progress_bar_keeps_its_numbers_whatever_the_name(label, columns):
     text = bar.text(label, columns)
     assert width(text) <= columns
     assert " 50% 50 B"[:columns].rstrip() in text
+
+
+@pytest.mark.parametrize("columns, shown", [(4, "x   "), (6, "x  50%"), (20, "x  50% 50.0 MB"), (24, "x  50% 50.0 MB 5.0 MB/s"),
+                                            (79, "x  50% 50.0 MB 5.0 MB/s 0:10 left")])
+def test_narrow_progress_bar_leaves_out_whole_facts(columns, shown):
+    bar = ftp_client.Bar(1, 10 ** 8, False)
+    bar.done = bar.moved = 5 * 10 ** 7
+    bar.start = bar.drawn - 10
+    assert bar.text("x", columns) == shown.strip()
 
 
 def test_progress_bar_that_the_terminal_does_not_take_stops_no_transfer(monkeypatch):
