@@ -47,13 +47,14 @@ JOIN = 1 << 18             # bytes of small messages and files that are joined i
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
 WINDOW = 256               # requests sent before the first is answered, at most
-NAMES = 8192               # characters of the names in them, about: who waits to send must not wait for one who does so too
+NAMES = 8192               # characters of the names in them, about: answers repeat names, and both sides full is a deadlock
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WORK_RATE = 5e6            # bytes a second that a server hashes, or the original one reads, at least
 FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a broken connection
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL), re.DOTALL)      # all of that file's name, see Target
+WILD = re.compile(r"[*?\[]")     # what makes a name a pattern
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
@@ -91,6 +92,16 @@ class HungUp(Broken):
 
 class Unreachable(Exception):
     """There is no connection to be had; str() says what to check."""
+
+
+def reason(error):
+    """What went wrong, in words: of an OSError with the file's name, the new one where it is about two."""
+    if isinstance(error, BadMessage):
+        return "the server talks nonsense: %s" % error
+    if isinstance(error, RecursionError):               # of os.makedirs() and, before Python 3.12, os.walk()
+        return "too many folders inside one another"
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
 
 
 # ==== Names: the same rules as the server's ===========================================================
@@ -248,14 +259,14 @@ class Link:
 
     def __init__(self, sock, timeout, explain=None):
         with contextlib.suppress(OSError):      # reset already: the first use will tell
-            tune(sock, sock.getpeername()[0])
+            tune(sock, sock.getpeername()[0], LOOPBACK_BUFFER)
         sock.settimeout(timeout)
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
         self.failed = None          # the Broken that ended sending: who knows how much of a message has gone
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
-        self.buffer = None          # for what is long
+        self.buffer = None          # of read(), made when it is first needed
 
     @contextlib.contextmanager
     def waiting(self):
@@ -398,8 +409,8 @@ else:
         return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
 
 
-def tune(sock, peer, buffer=LOOPBACK_BUFFER):
-    """Set what both ends of a connection want of their sockets; peer is the address of the other end."""
+def tune(sock, peer, buffer):
+    """Set what both ends of a connection want of their sockets: peer is the other end's address, buffer in bytes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -438,6 +449,13 @@ def open_source(path):
         file.close()
         raise Failed("not a regular file")
     return file
+
+
+def size_of(path):
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0                                        # opening it will say what is wrong
 
 
 def state(file):
@@ -563,12 +581,11 @@ class Target:
         """Let go of the partial; an empty one is removed."""
         if self.file:
             file, self.file = self.file, None
-            with file:
-                empty = not os.fstat(file.fileno()).st_size
-                if empty and os.name != "nt":
+            with contextlib.closing(file):
+                if os.name == "nt":                     # Windows doesn't remove an open file
+                    file.close()
+                if not os.path.getsize(self.partial):
                     os.unlink(self.partial)
-            if empty and os.name == "nt":               # Windows doesn't remove an open file
-                os.unlink(self.partial)
 
     def publish(self, mtime, replace):
         """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
@@ -636,8 +653,8 @@ class Job:
     furthest = 0            # offset from which it went on
     outcome = ""
 
-    def __init__(self, client, label, size):
-        self.client, self.label, self.size = client, label, size
+    def __init__(self, client, name, size):
+        self.client, self.name, self.size = client, name, size      # the name on the wire
 
     def drop(self):
         """Let go of what is open."""
@@ -667,14 +684,14 @@ class Put(Job):
     """Send one local file."""
 
     def __init__(self, client, path, name, size):
-        super().__init__(client, name, size)
-        self.path, self.name = path, remote_name(name)
-        self.alone = size > SMALL or client.classic
+        super().__init__(client, remote_name(name), size)
+        self.path = path
+        self.alone = size > SMALL
         self.hashed = None, None    # ((id of the upload, offset), digest up to there)
 
     def ask(self):
         with open_source(self.path) as file:
-            self.client.step("put %s: the server gets name and size first, then the bytes" % self.label)
+            self.client.step("put %s: the server gets name and size first, then the bytes" % self.name)
             before = os.fstat(file.fileno())
             self.resize(before.st_size)
             if self.size > SMALL and not self.alone:
@@ -803,7 +820,7 @@ class Put(Job):
             before = os.fstat(file.fileno())
             self.resize(before.st_size)
             link = self.client.link
-            link.send(self.client.text("->", "put|%s|%d" % (self.name, self.size)))
+            link.send(self.client.text("put|%s|%d" % (self.name, self.size)))
             if self.client.classic_answer(rb"OK") is None:
                 raise Refusal("refused", "the server did not say OK")
             self.went_on_at(0)
@@ -832,8 +849,7 @@ class MakeFolder(Job):
     """Make a folder on the server: an empty one, that no file would bring along."""
 
     def __init__(self, client, name):
-        super().__init__(client, name, 0)
-        self.name = remote_name(name)
+        super().__init__(client, remote_name(name), 0)
 
     def ask(self):
         self.client.link.request(cmd="mkdir", name=self.name)
@@ -853,8 +869,8 @@ class Get(Job):
         super().__init__(client, name, size)
         if UNFINISHED.fullmatch(os.path.basename(path)):
             raise Refusal("bad-name", "a get that was never finished left it there")
-        self.name, self.target, self.replace = name, Target(path), replace
-        self.hint = None            # (length, digest) of a local file that may be the same
+        self.target, self.replace = Target(path), replace
+        self.asked = None           # (length, digest) of what is here already and was told to the server
         self.hashed = None, None    # (its state, digest)
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
         self.partial_size, self.path_size = size_of(self.target.partial), size_of(path)
@@ -870,11 +886,11 @@ class Get(Job):
             with contextlib.suppress(Failed), open_source(self.target.path) as file:
                 offset = os.fstat(file.fileno()).st_size
                 digest = self.hash_once(file)
-        self.hint = offset, digest
+        self.asked = offset, digest
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
         if not self.client.verify:
             more["verify"] = False
-        self.client.step("get %s: the server tells the size, sends the bytes and last its hash" % self.label)
+        self.client.step("get %s: the server tells the size, sends the bytes and last its hash" % self.name)
         self.client.link.request(cmd="get", name=self.name, **more)
 
     def hash_once(self, file):
@@ -885,7 +901,7 @@ class Get(Job):
 
     def finish(self):
         link = self.client.link
-        asked, digest = self.hint
+        asked, digest = self.asked
         size, offset, mtime = fields(link.answer(work_time(asked)), "size", "offset", "mtime")
         self.resize(size)
         if offset not in (0, asked) or offset > self.size:
@@ -971,12 +987,12 @@ class Get(Job):
         if "|" in self.name:
             raise Failed("the classic dialect can't ask for a name with |")
         link = self.client.link
-        link.send(self.client.text("->", "get|%s|0" % self.name))
+        link.send(self.client.text("get|%s|0" % self.name))
         match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0")
         if match is None or match.group(1) is None:
             raise Refusal("not-found", "the server has no such file" if match else "the server answered nonsense")
         self.resize(int(match.group(1)))
-        link.send(self.client.text("->", "second_active"))
+        link.send(self.client.text("second_active"))
         link.flush()
         self.client.payload("<-", self.size)
         self.went_on_at(0)
@@ -1080,9 +1096,9 @@ class FtpClient:
     def payload(self, direction, count):
         self.show(direction, "%d bytes" % count)
 
-    def text(self, direction, text):
-        """A message of the classic dialect, as bytes."""
-        self.show(direction, text)
+    def text(self, text):
+        """A message of the classic dialect to the server, as bytes."""
+        self.show("->", text)
         return text.encode("utf-8")
 
     # ---- jobs ----
@@ -1104,10 +1120,10 @@ class FtpClient:
                     if not self.recover(error):
                         job = self.todo.popleft()
                         job.drop()
-                        self.fail(job.label, "given up: %s" % error)
+                        self.fail(job.name, "given up: %s" % error)
         except Unreachable as error:
             for job in self.todo:
-                self.fail(job.label, error)
+                self.fail(job.name, error)
         except BaseException:                   # Ctrl-C: who knows where in the stream we are
             self.close()
             raise
@@ -1203,11 +1219,11 @@ class FtpClient:
             step()
             return True
         except Refusal as error:
-            self.fail(job.label, error)
+            self.fail(job.name, error)
         except (Failed, BadMessage, OSError, RecursionError) as error:
             if isinstance(error, BadMessage) or not job.read_past():
                 self.close()
-            self.fail(job.label, reason(error))
+            self.fail(job.name, reason(error))
         job.drop()
         return False
 
@@ -1227,7 +1243,7 @@ class FtpClient:
         self.bar.finished += 1
         if not self.options.quiet:
             self.bar.clear()
-            say("%s: %s" % (job.label, job.outcome))
+            say("%s: %s" % (job.name, job.outcome))
 
     def stopped(self):
         """What to say at Ctrl-C."""
@@ -1390,7 +1406,7 @@ def show_servers(options):
 def human(count):
     """A number of bytes for people, in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
+        if count < 1000:
             break
         count /= 1000
     else:
@@ -1425,7 +1441,7 @@ class Bar:
         self.done += count
         self.moved += count if moved else 0
         if self.visible and (self.done >= self.size or time.monotonic() - self.drawn > BAR_TIME):
-            self.draw(job.label)
+            self.draw(job.name)
 
     def draw(self, label):
         self.drawn = time.monotonic()
@@ -1533,23 +1549,6 @@ def add_job(jobs, kind, client, *args):
         client.fail(args[0], error)
 
 
-def reason(error):
-    """What went wrong, in words: of an OSError with the file's name, the new one where it is about two."""
-    if isinstance(error, BadMessage):
-        return "the server talks nonsense: %s" % error
-    if isinstance(error, RecursionError):               # of os.makedirs() and, before Python 3.12, os.walk()
-        return "too many folders inside one another"
-    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
-
-
-def size_of(path):
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return 0                                        # opening it will say what is wrong
-
-
 def do_get(client, options, names):
     """get NAME... [-r] [-f] [-o PATH]   fetch files; -r: folders too, -f: replace, -o: under that name or into that folder"""
     out = local(options.get("-o", ""))
@@ -1602,21 +1601,20 @@ def entries_of(client, name, recursive):
 def add_get(client, entry, options, out, jobs):
     """Add the jobs for an entry, and for all in it if it is a folder."""
     if entry["type"] == "file":
-        path = local_path(entry["name"].rsplit("/", 1)[-1], out)
-        return add_job(jobs, Get, client, entry["name"], path, entry["size"], "-f" in options)
+        return add_job(jobs, Get, client, entry["name"], local_path(entry["name"], out), entry["size"], "-f" in options)
     if "-r" not in options:
         raise Failed("a folder: use get -r")
     return add_folder(client, entry["name"], options, out, jobs)
 
 
 def local_path(name, out):
-    """Where a remote name is saved: here, in the folder out, or as out."""
-    path = os.path.join(*(to_disk(part) for part in split_name(name)))
-    return os.path.join(out, path) if not out or os.path.isdir(out) else out
+    """Where a remote file or folder is saved: by the last part of its name here or in the folder out, or as out."""
+    part, = split_name(name.rsplit("/", 1)[-1])
+    return os.path.join(out, to_disk(part)) if not out or os.path.isdir(out) else out
 
 
 def add_folder(client, name, options, out, jobs):
-    top = local_path(name.rsplit("/", 1)[-1], out)
+    top = local_path(name, out)
     for entry in client.ls(name, recursive=True):
         path = os.path.join(top, *map(to_disk, entry["parts"]))
         if entry["type"] == "dir":
@@ -1686,7 +1684,6 @@ COMMANDS = {                # word: (function, letters of its options, fewest an
     "lcd": (do_lcd, "", 0, 1), "lls": (do_lls, "", 0, 1), "help": (do_help, "", 0, 1), "?": (do_help, "", 0, 1),
 }
 COMMANDS.update((word, (do_leave, "", 0, 0)) for word in ("exit()", "exit", "quit", "bye"))
-WILD = re.compile(r"[*?\[]")
 
 
 def split_words(line):
@@ -1835,7 +1832,7 @@ def seconds(text):
 
 def port(text):
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("%r is not a port: 0 to 65535, 0 for any that is free" % text)
+        raise argparse.ArgumentTypeError("%r is not a port from 0 to 65535" % text)
     return int(text)
 
 

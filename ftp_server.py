@@ -62,13 +62,13 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
-CROWD, CROWD_BUFFER = 16, 72 << 10      # sessions from which on those to come get less, for the same reason
+CROWD, CROWD_BUFFER = 16, 72 << 10      # from so many sessions on, new ones get buffers of so many bytes: same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
-PIPE = 1 << 20             # the same of one that goes through a pipe: as many as any user may ask for, see pipe(7)
+PIPE = 1 << 20             # bytes that the pipe of an unhashed upload holds: the most that any user may ask for, see pipe(7)
 SLICE = 160 << 10          # bytes sent to one client before the others have their turn, if these are many
 TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
-SMALL = 1 << 16            # bytes that are read and hashed sooner than another thread can begin with it
+SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
@@ -83,12 +83,12 @@ DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
-AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # of the sessions that want to, as many may
-STUCK = 0.5                # seconds after which one that stands still is not counted among them
-QUICK = 0.0005             # seconds that a session's turn with its files takes, at most, if the disk is quick
-SLOW_TIME = 0.25           # seconds that a disk is held to be slow after it was
-ACCEPTS = 32               # connections that are accepted before those there are have their turn
-REQUESTS = 32              # that one client may have answered before others have their turn
+AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # sessions that may do such work at the same time
+STUCK = 0.5                # seconds after which a session still at work isn't counted among them: perhaps its disk hangs
+QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
+SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
+ACCEPTS = 32               # connections that are accepted before the clients already here have their turn
+REQUESTS = 32              # requests of one client that are answered before others have their turn
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
 SWEEP_EVERY = 3600         # seconds between two looks for such
@@ -117,8 +117,8 @@ class Refusal(Exception):
 class BadMessage(Refusal):
     """What arrived is not a message, or a field of it is not what it must be."""
 
-    def __init__(self, text, closes=False):
-        super().__init__("bad-request", text, closes)
+    def __init__(self, text):
+        super().__init__("bad-request", text)
 
 
 class TimedOut(Refusal):
@@ -321,7 +321,7 @@ class Download:
         self.file.close()
 
     def advance(self, offset, count):
-        """Count bytes on their way out; the new offset. Raises Refusal for none: the file is shorter now."""
+        """Count bytes on their way out and return the new offset. Raises Refusal for 0 bytes: the file is shorter now."""
         if not count:
             raise Refusal("changed", "the file shrank while it was sent")
         self.moved += count
@@ -362,8 +362,8 @@ def hash_into(digest, file, length):
 
 def same_content(one, other):
     """Generator: compare two raw files, just opened; the value is True where they are the same."""
-    for slices in itertools.count():
-        if slices % (HASH_SLICE // CHUNK) == 0:
+    for chunks in itertools.count():
+        if chunks % (HASH_SLICE // CHUNK) == 0:
             yield COMPUTES
         data = one.read(CHUNK)
         if data != other.read(CHUNK):
@@ -455,9 +455,9 @@ class Upload:
                 raise
             if info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
                 return fd, info.st_size
-            os.close(fd)            # 0: removed by the one who had the lock; 2: published by one who was killed
-            if info.st_nlink:       # before he took this name away, and to write to it would be to change that
-                self.folder.unlink(self.partial)
+            os.close(fd)
+            if info.st_nlink:       # 0 links: removed by the session that had the lock. 2: published by a server that was
+                self.folder.unlink(self.partial)    # killed before discard(): writing here would change the stored file
 
     def __enter__(self):
         return self
@@ -524,7 +524,7 @@ class Upload:
         return count
 
     def check(self, sha256):
-        """Compare the digest with the sender's, where both have one; ours. Raises Refusal."""
+        """Compare the digest with the sender's, where both have one, and return ours. Raises Refusal."""
         digest = self.digest.hexdigest() if self.digest else None
         if digest and sha256 and digest != sha256.lower():
             self.keep = False
@@ -661,7 +661,7 @@ class Storage:
                         yield BLOCKS
                     try:
                         info = folder.stat(name)
-                    except OSError as error:            # the same of a file
+                    except OSError as error:            # a file that was removed meanwhile or is not for us
                         if len(parts) == depth and not isinstance(error, FileNotFoundError):
                             raise
                         continue
@@ -822,8 +822,9 @@ def parse_classic(data):
 
 @types.coroutine
 def ready(sock, event, timeout, kind):
-    """Pause until sock is ready for event, for work of some kind or None; socket.timeout is raised here after timeout
-    seconds."""
+    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds.
+
+    kind: as for announce(), if what comes next is more than an operation on the socket; else None."""
     yield sock, event, timeout, kind
 
 
@@ -837,8 +838,9 @@ def announce(kind):
 
 
 async def in_slices(work):
-    """Run a generator of file work to its end and return its value; at each yield, of the kind that comes next,
-    others may go first."""
+    """Run a generator of file work to its end and return its value.
+
+    At each yield, whose value is the kind of the work that comes next, others may go first."""
     kind = BLOCKS
     while True:
         await announce(kind)
@@ -848,8 +850,8 @@ async def in_slices(work):
             return end.value
 
 
-def tune(sock, peer, buffer=LOOPBACK_BUFFER):
-    """Set what both ends of a connection want of their sockets; peer is the address of the other end."""
+def tune(sock, peer, buffer):
+    """Set what both ends of a connection want of their sockets: peer is the other end's address, buffer in bytes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -875,12 +877,14 @@ class Wire:
         self.owed = bytearray()
 
     async def attempt(self, event, operation, *args, kind=None):
-        """Wait until the socket is ready, then do the non-blocking operation; kind: what else it does.
+        """Wait until the socket is ready, then do the non-blocking operation and return its value.
 
+        kind: BLOCKS if it may wait for a disk all the same, as sendfile(2) may; else None.
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
         left = None
         while True:
+            # Half a time limit until the first look at what is unsent: a look before each send would cost a system call.
             limit = self.timeout / 2 if event == WRITE and left is None else self.timeout
             patience = min(limit, self.deadline - time.monotonic())
             try:
@@ -927,7 +931,7 @@ class Wire:
         """Read one header, to be complete HEADER_TIME after its first byte. Raises Refusal if too long."""
         await self.peek()
         if self.owed and b"\n" not in self.ahead:
-            await self.flush()
+            await self.flush()          # now: a peer that is slow to read must not lose the time for its header
         self.deadline = time.monotonic() + HEADER_TIME
         searched = 0
         while True:
@@ -936,7 +940,7 @@ class Wire:
                 self.deadline = math.inf
                 return self.take(end)
             if len(self.ahead) >= HEADER_LIMIT:
-                raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT, closes=True)
+                raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
             searched = len(self.ahead)
             await self.fill()
 
@@ -973,7 +977,7 @@ class Wire:
             sent += await self.attempt(WRITE, self.sock.send, view[sent:sent + SLICE])
 
     async def send_from(self, file, offset, count):
-        """Send at most count bytes of a raw file from offset on by sendfile(2); how many, 0 behind its end."""
+        """Send at most count bytes of a raw file from offset on; how many, 0 behind its end, None: sendfile() can't."""
         if self.owed:
             await self.flush()
         return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=BLOCKS)
@@ -1005,6 +1009,11 @@ class Wire:
 
 
 # ==== Session: one client from hello to goodbye ===========================================================
+
+def address_text(address):
+    """HOST:PORT, an IPv6 host in brackets."""
+    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
+
 
 class Session:
     """One client's conversation. All that is known about it is here, and nowhere on the server.
@@ -1063,7 +1072,7 @@ class Session:
             return await self.refuse(refusal)
         except OSError as error:
             return await self.refuse(refusal_of(error))
-        except (Gone, GeneratorExit):
+        except Gone:
             raise
         except Exception:           # a bug: it ends this session only
             LOG.exception("%s bug", self.peer)
@@ -1075,7 +1084,7 @@ class Session:
             LOG.warning("%s %s refused: %s: %s", self.peer, self.doing, refusal.code, refusal)
         if self.answering or not self.framed:
             if isinstance(refusal, TimedOut):
-                raise refusal       # a peer that doesn't read
+                raise refusal       # a silent peer: lingering would only keep its place taken
             return False            # no way to say it but to close before the end
         await self.wire.send(encode({"ok": False, "code": refusal.code, "error": str(refusal)}))
         return not refusal.closes and (self.payload or 0) <= SKIP_LIMIT
@@ -1205,13 +1214,6 @@ class Session:
                 digest.update(view[:count])
             await self.wire.send(view[:count])
 
-    async def do_mkdir(self, ask):
-        name, = fields(ask, "name")
-        await announce(BLOCKS)
-        self.storage.make_folder(name)
-        LOG.info("%s mkdir %s ok", self.peer, name)
-        await self.reply(name=name)
-
     async def do_resume(self, ask):
         name, size, ident = fields(ask, "name", "size", "id")
         if not ident:
@@ -1311,7 +1313,7 @@ class Session:
         """Move the payload into the upload through a pipe by splice(2): nobody looks at it, so nobody copies it."""
         pipe, end = os.pipe()
         try:
-            with contextlib.suppress(OSError):      # a user may have so much in pipes only
+            with contextlib.suppress(OSError):      # the system limits what all pipes of a user hold together
                 fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE)
             while self.payload:
                 count = await self.wire.receive(self.wire.splice, end, self.payload)
@@ -1333,6 +1335,13 @@ class Session:
             return 0
         finally:
             self.wire.deadline = math.inf
+
+    async def do_mkdir(self, ask):
+        name, = fields(ask, "name")
+        await announce(BLOCKS)
+        self.storage.make_folder(name)
+        LOG.info("%s mkdir %s ok", self.peer, name)
+        await self.reply(name=name)
 
     # ---- classic ----
 
@@ -1408,7 +1417,7 @@ class Service:
     def __init__(self, mode, storage, timeout, max_clients):
         self.mode, self.storage, self.timeout, self.max_clients = mode, storage, timeout, max_clients
         self.stopping = False
-        self.sessions, self.served = set(), 0       # served: those that are not one too many
+        self.sessions, self.served = set(), 0       # served: how many of them are not one too many (Session.full)
         self.left = threading.Condition()           # guards sessions; notified when one ends
         self.reserve = os.open(os.devnull, os.O_RDONLY)
 
@@ -1521,8 +1530,8 @@ else:
 
 
 class Turns:
-    """Lets only so many do some kind of work at a time; the others wait in line. Whoever stands still, as for a disk
-    that hangs, is counted among them for about STUCK seconds only: then another one may go instead."""
+    """A semaphore: only so many do some kind of work at a time, the others wait in line. Whoever stands still, as for
+    a disk that hangs, is counted for about STUCK seconds only: then another one may go instead."""
 
     def __init__(self, limit):
         self.lock, self.limit = threading.Lock(), limit
@@ -1530,7 +1539,7 @@ class Turns:
         self.next_look = 0.0
 
     def take(self, who):
-        """True where it is who's turn at once; else who is in line, for end() or relieve() to return."""
+        """Return True if who may go at once; else it waits in line until end() or relieve() returns it."""
         with self.lock:
             self.line.append(who)
             if len(self.begun) == self.limit:
@@ -1547,12 +1556,12 @@ class Turns:
         return who
 
     def end(self, who):
-        """End who's turn; who is next, or None."""
+        """End the turn of who, and return the one who goes next, or None."""
         with self.lock:                     # one that stood still was counted out: another one went instead
             return self.begin() if self.begun.pop(who, None) is not None else None
 
     def relieve(self):
-        """Called again and again: those who may go instead of as many that stand still."""
+        """Return those who may go instead of as many that stand still. It must be called again and again."""
         now = time.monotonic()
         if now < self.next_look:
             return []
@@ -1584,8 +1593,6 @@ class FtpHandler(socketserver.BaseRequestHandler):
                     wait = steps.throw(socket.timeout())
         except StopIteration:
             pass
-        except Exception:
-            LOG.exception("%s bug", session.peer)
         finally:
             try:
                 steps.close()
@@ -1647,7 +1654,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
     def __init__(self, service, family, address):
         self.service, self.address_family, self.discovery = service, family, None
         self.computing = Turns(AT_ONCE[COMPUTES])
-        threading.stack_size(256 << 10)
+        threading.stack_size(256 << 10)                     # bytes for each thread, instead of the system's 8 MiB or so
         super().__init__(address, FtpHandler)
 
     def server_bind(self):
@@ -1782,22 +1789,22 @@ class SelectFtpServer:
 
     def __init__(self, service, family, address):
         self.service = service
-        self.dic = {}               # connection: its Task, and of no other
+        self.dic = {}               # connection: its Task
         self.sel = selectors.DefaultSelector()
         self.workers = Workers()
         self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
         self.back = collections.deque()             # (Task, its next wait) from the workers
-        self.alarms, self.tickets = [], itertools.count()
+        self.alarms, self.tickets = [], itertools.count()       # heap of (time, ticket, Task); tickets break ties
+        self.batch = collections.deque()            # of this turn's Tasks those that have to do with files
+        self.slow_until = 0.0                       # time.monotonic() from which on the disk may be quick again
         self.create_socket(family, address)
 
     def create_socket(self, family, address):
         self.socket = self.add_socket(family, socket.SOCK_STREAM, address, self.accept)
         self.server_address = self.socket.getsockname()
         self.socket.listen(BACKLOG)
-        self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop
-        self.rung = False
-        self.batch = collections.deque()            # of this turn's Tasks those that have to do with files
-        self.slow_until = 0.0                       # time.monotonic() from which on the disk may be quick again
+        self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop: the self-pipe trick
+        self.rung = False                           # whether a byte is on its way from button to bell
         self.sel.register(self.bell, READ, self.answer_bell)
 
     def start_discovery(self):
@@ -1925,8 +1932,8 @@ class SelectFtpServer:
 
     def do_batch(self):
         """Let one worker do what this turn's sessions have to do with files, and wait for it: threads that run at the
-        same time as this one would only take the interpreter from each other. But if it isn't quick, as with a disk
-        that hangs, the loop goes on, and for a while each session gets a worker of its own."""
+        same time as this one would only fight with it for the interpreter's lock (GIL). But if it isn't quick, as with a
+        disk that hangs, the loop goes on, and for a while each session gets a worker of its own."""
         if not self.batch:
             return
         batch, self.batch = self.batch, collections.deque()
@@ -2084,7 +2091,7 @@ class Explainer:
     def selector_call(self, target, frame, event, result):
         name = frame.f_code.co_name
         if name not in ("register", "unregister", "modify", "select") or frame.f_back.f_code.co_name == name:
-            return                  # or in the middle of a chain of super() calls
+            return                  # another method, or one that its own override calls by super()
         if event == "call" and name != "select":
             callback = frame.f_locals.get("data")
             self.callbacks.add(getattr(getattr(callback, "__func__", None), "__code__", None))
@@ -2093,7 +2100,7 @@ class Explainer:
         elif event == "return" and name == "select" and result:
             self.show_step("event loop", target, frame, "%d ready" % len(result), repeat=False)
 
-    def show_step(self, loop, target, frame, more="", repeat=True):
+    def show_step(self, loop, target, frame, more, repeat=True):
         name, kinds = frame.f_code.co_name, type(target).__mro__
         found = [kind for kind in kinds if name in vars(kind)]
         here = next((kind for kind in found if getattr(vars(kind)[name], "__code__", None) is frame.f_code), kinds[0])
@@ -2142,11 +2149,6 @@ def say(text, stream=None):
         stream.flush()
 
 
-def address_text(address):
-    """HOST:PORT, an IPv6 host in brackets."""
-    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
-
-
 def size(text):
     """A number of bytes, as 500, 64K, 10M or 2G."""
     match = re.fullmatch("([0-9]{1,12})([KMGT]?)", text.upper())
@@ -2167,7 +2169,7 @@ def seconds(text):
 
 def port(text):
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("%r is not a port: 0 to 65535, 0 for any that is free" % text)
+        raise argparse.ArgumentTypeError("%r is not a port from 0 to 65535" % text)
     return int(text)
 
 
@@ -2301,15 +2303,15 @@ def main(argv=None):
         say("ftp_server.py: %s" % error, sys.stderr)
         return 1
 
-    stopping = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
     def stop(signal_number, frame):
         server.service.stopping = True
 
     def on_signals(handler):
         if threading.current_thread() is threading.main_thread():
-            for known in stopping:
-                signal.signal(known, handler)
+            for number in signals:
+                signal.signal(number, handler)
     on_signals(stop)
     if not options.no_discovery:
         try:

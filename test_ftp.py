@@ -3602,6 +3602,17 @@ def test_local_names_that_are_not_unicode_are_refused_and_unicode_ones_travel_in
     assert lone.uploads() == {}
 
 
+@linux
+@in_all_modes_at_once
+def test_server_finds_unicode_names_in_any_locale(mode, folder):
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    with serve(mode, folder, environment=environment) as server, server.peer() as peer:
+        server.serves("né/ü/ö.txt", b"remote")
+        assert peer.get("né/ü/ö.txt")[1] == b"remote"
+        assert peer.put("né/ä/é.txt", b"ours")["ok"]
+        assert server.stored("né/ä/é.txt") == b"ours"
+
+
 def test_home_folder_and_names_that_look_like_patterns_are_found(lone, work):
     fill(work, {"a[1].txt": b"1", "a2.txt": b"2"})
     home = {"HOME": str(work), "USERPROFILE": str(work)}
@@ -3950,6 +3961,18 @@ def test_local_folders_nested_too_deeply_are_one_line(work):
         assert done.err.count("\n") == 1 and "inside one another" in done.err
     else:
         assert headers[-1]["cmd"] == "mkdir"
+
+
+@posix
+def test_rename_that_fails_on_windows_ends_that_file_only(tmp_path, monkeypatch):
+    target = ftp_client.Target(str(tmp_path / "x"))
+    target.open()
+    target.file.write(b"abc")
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        target.file.close()  # as publish() does before the rename that fails
+        target.close()
+    assert os.path.getsize(target.partial) == 3
 
 
 @linux
