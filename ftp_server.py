@@ -837,19 +837,6 @@ def announce(kind):
     yield kind
 
 
-async def in_slices(work):
-    """Run a generator of file work to its end and return its value.
-
-    At each yield, whose value is the kind of the work that comes next, others may go first."""
-    kind = BLOCKS
-    while True:
-        await announce(kind)
-        try:
-            kind = next(work)
-        except StopIteration as end:
-            return end.value
-
-
 def tune(sock, peer, buffer):
     """Set what both ends of a connection want of their sockets: peer is the other end's address, buffer in bytes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1020,7 +1007,7 @@ class Session:
 
     run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
     __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "doing", "payload", "answering",
-                 "resumed", "told")
+                 "resumed", "told", "ended")
 
     def __init__(self, service, sock, address, full):
         sock.setblocking(False)
@@ -1035,10 +1022,12 @@ class Session:
         self.payload = None         # bytes of a put still to come before its last line; None: no put
         self.answering = False      # between the first and the last line of an answer
         self.told = False           # whether the log tells already what went wrong
+        self.ended = False          # from outside
         self.resumed = None         # the Upload that a resume left open for the put to come
 
     def cut(self):
         """End the session from outside, from any thread: its next wait is over, as if the client had left."""
+        self.ended = True
         with contextlib.suppress(OSError):
             self.wire.sock.shutdown(socket.SHUT_RDWR)
 
@@ -1077,6 +1066,18 @@ class Session:
         except Exception:           # a bug: it ends this session only
             LOG.exception("%s bug", self.peer)
             return await self.refuse(Refusal("server-error", "internal error", closes=True))
+
+    async def in_slices(self, work):
+        """Run a generator of file work to its end and return its value.
+
+        At each yield, whose value is the kind of the work that comes next, others may go first."""
+        kind = BLOCKS
+        while True:
+            await announce(kind)
+            try:
+                kind = work.throw(Gone("a newer session took over")) if self.ended else next(work)
+            except StopIteration as end:
+                return end.value
 
     async def refuse(self, refusal):
         """Tell the client why not; True where the conversation can go on."""
@@ -1149,7 +1150,7 @@ class Session:
     async def do_ls(self, ask):
         path, recursive = fields(ask, "path", "recursive")
         try:
-            listing = await in_slices(self.storage.list(path, recursive))
+            listing = await self.in_slices(self.storage.list(path, recursive))
         except NotADirectoryError:
             raise Refusal("not-a-file", "not a folder") from None
         LOG.debug("%s ls %s %d bytes", self.peer, path or "/", len(listing))
@@ -1179,7 +1180,7 @@ class Session:
             return 0
         known = self.storage.known_digest(download) if offset == download.size else None
         if not known:
-            await in_slices(download.hash_prefix(offset))
+            await self.in_slices(download.hash_prefix(offset))
             known = download.digest.hexdigest()
         if known == sha256.lower():
             return offset
@@ -1220,10 +1221,10 @@ class Session:
             raise BadMessage("'id' must be 64 hex digits")
         await self.let_go()
         with contextlib.ExitStack() as opened:
-            upload = opened.enter_context(await in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut)))
+            upload = opened.enter_context(await self.in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut)))
             if upload.length > size:
                 upload.cut_back(0)
-            await in_slices(upload.hash_prefix())
+            await self.in_slices(upload.hash_prefix())
             opened.pop_all()        # all went well: it stays open
         self.resumed = upload
         await self.reply(offset=upload.length, sha256=upload.digest.hexdigest())
@@ -1262,7 +1263,7 @@ class Session:
             await announce(BLOCKS)
             sha256, = fields(last, "sha256")
             digest = upload.check(sha256)
-            stored, duplicate = await in_slices(upload.publish(mtime))
+            stored, duplicate = await self.in_slices(upload.publish(mtime))
         await self.reply(name=stored, size=size, sha256=digest, duplicate=duplicate)
 
     async def upload_of(self, name, size, ident):
@@ -1272,7 +1273,7 @@ class Session:
             self.resumed = None
             return upload
         await self.let_go()
-        return await in_slices(self.storage.open_upload(name, size, ident, self.cut))
+        return await self.in_slices(self.storage.open_upload(name, size, ident, self.cut))
 
     async def go_on_at(self, upload, offset, verify):
         """Make the upload ready for the byte at offset."""
@@ -1284,7 +1285,7 @@ class Session:
         if not verify:
             upload.digest = None
         elif upload.hashed != offset:
-            await in_slices(upload.hash_prefix())
+            await self.in_slices(upload.hash_prefix())
 
     async def receive(self, upload):
         """Move the payload from the wire into the upload."""
@@ -1369,11 +1370,11 @@ class Session:
                 return request
 
     async def classic_put(self, name, size):
-        with await in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged(upload):
+        with await self.in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged(upload):
             self.payload, upload.digest = size, None
             await self.wire.send(b"OK")
             await self.receive(upload)
-            await in_slices(upload.publish())
+            await self.in_slices(upload.publish())
 
     async def classic_get(self, name, size):
         await announce(BLOCKS)
