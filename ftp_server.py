@@ -71,6 +71,7 @@ TURN = 1 << 22             # bytes sent to all clients in about a turn, if they 
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
+LISTED = 100               # files and folders listed between two such chances
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WRITE_TIME = 0.05          # seconds without a further byte after which what came is written to the partial file
@@ -644,7 +645,7 @@ class Storage:
 
     def list(self, path, recursive):
         """Generator: what the download folder holds under path; the value is the lines of the listing."""
-        lines, todo = [], [split_name(path) if path else []]
+        lines, todo, seen = [], [split_name(path) if path else []], itertools.count(1)
         depth = len(todo[0])
         while todo:
             parts = todo.pop()
@@ -656,9 +657,9 @@ class Storage:
                     raise
                 continue                                # removed meanwhile, or not for us: the rest is
             with folder:
-                for count, name in enumerate(folder.names()):
-                    if count % 1000 == 0:
-                        yield BLOCKS
+                for name in folder.names():
+                    if next(seen) % LISTED == 0:
+                        yield COMPUTES
                     try:
                         info = folder.stat(name)
                     except OSError as error:            # a file that was removed meanwhile or is not for us
