@@ -472,7 +472,7 @@ def changed(file, before):
     now = os.fstat(file.fileno())
     if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         return True
-    return now.st_nlink == before.st_nlink and now.st_ctime_ns != before.st_ctime_ns
+    return now.st_nlink >= before.st_nlink and now.st_ctime_ns != before.st_ctime_ns
 
 
 def work_time(size):

@@ -340,7 +340,7 @@ class Download:
         now = os.fstat(self.file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             return True
-        return now.st_nlink == self.stat.st_nlink and now.st_ctime_ns != self.stat.st_ctime_ns
+        return now.st_nlink >= self.stat.st_nlink and now.st_ctime_ns != self.stat.st_ctime_ns
 
     def hash_prefix(self, length):
         """Generator: hash the first length bytes, with a pause for others at each yield."""
@@ -1249,13 +1249,13 @@ class Session:
             size, offset = fields(ask, "size", "offset")
             if offset > size:
                 raise BadMessage("'offset' must not be larger than 'size'")
+            if offset and not ask.get("id"):
+                raise BadMessage("'offset' must be 0 without an 'id'")
         except BadMessage as error:
             error.closes = True         # nobody can tell where the payload ends
             raise
         self.payload = size - offset
         name, ident, mtime, verify = fields(ask, "name", "id", "mtime", "verify")
-        if offset and not ident:
-            raise BadMessage("'offset' must be 0 without an 'id'")
         with await self.upload_of(name, size, ident and ident.lower()) as upload, self.logged(upload):
             await self.go_on_at(upload, offset, verify)
             await self.receive(upload)
@@ -1965,7 +1965,8 @@ class SelectFtpServer:
         """Wake the loop, to take back what a worker is done with."""
         if not self.rung:           # else it has still to look
             self.rung = True
-            self.button.send(b"!")
+            with contextlib.suppress(OSError):      # closed: the server has stopped
+                self.button.send(b"!")
 
     @staticmethod
     def goes_on(kind, wait):

@@ -156,6 +156,16 @@ def read_bytes(path):
         return file.read()
 
 
+def is_locked(path):
+    """Tell whether another process has a file locked."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 def sparse(path, size):
     """Make a file of size zero bytes that takes no room on the disk."""
     with open(str(path), "wb") as file:
@@ -1193,6 +1203,13 @@ def test_listing_names_files_and_folders(server, peer):
     assert set(peer.ls(folder + "/sub", recursive=True)) == {"deep", "deep/3.txt"}
 
 
+def test_long_listing_lets_others_go_first_and_a_short_one_waits_for_nobody(tmp_path):
+    fill(tmp_path, dict({"short/%d" % number: b"" for number in range(50)}, **{"%d" % number: b"" for number in range(500)}))
+    storage = ftp_server.Storage(str(tmp_path), str(tmp_path))
+    assert list(storage.list("short", True)) == []
+    assert list(storage.list("", True)) == [ftp_server.COMPUTES] * 5
+
+
 @posix
 def test_name_that_no_header_can_hold_does_not_break_the_listing(server, peer):
     folder = unique("d")
@@ -1343,6 +1360,12 @@ def test_refused_payload_is_read_past_and_the_connection_kept(peer):
     peer.send(put_header("../x", data), data, {"sha256": sha(data)}, {"cmd": "hello"})
     assert peer.line()["code"] == "bad-name"
     assert peer.line()["protocol"] == 2
+
+
+@cases("offset", {"past the size": {"offset": 6, "id": "0" * 64}, "without an id": {"offset": 5}})
+def test_bad_offset_is_answered_and_the_connection_closed(peer, offset):
+    assert peer.ask(dict({"cmd": "put", "name": "x", "size": 5}, **offset))["code"] == "bad-request"
+    assert peer.closed()
 
 
 @pytest.mark.parametrize("sent", [0, 2 * MIB], ids=["before the payload", "after much of it"])
@@ -1515,12 +1538,17 @@ def test_file_that_shrinks_meanwhile_is_cut_off(server, peer):
     assert len(peer.rest()) < answer["size"]
 
 
-def test_file_that_changes_meanwhile_is_never_called_whole(server, peer):
+@pytest.mark.parametrize("hidden", [False, True], ids=["openly", "with its old time and one more name"])
+def test_file_that_changes_meanwhile_is_never_called_whole(server, peer, hidden):
     name, size = unique(), 32 * MIB
     path = server.serves(name, b"1" * size)
+    before = os.stat(path)
     assert peer.ask({"cmd": "get", "name": name})["size"] == size
     with open(path, "r+b") as file:
         file.write(b"2" * size)
+    if hidden:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.link(path, path + "-linked")
     with contextlib.suppress(Hangup):
         peer.read(size)
         assert peer.line()["code"] == "changed"
@@ -2046,6 +2074,21 @@ def test_client_that_comes_back_takes_over_its_upload(server, peer, resume):
         assert peer.put(name, data, offset=offset, id=identity)["sha256"] == sha(data)
         assert not says_ok(older.rest())
     assert server.stored(name) == data
+
+
+@linux
+@in_all_modes_at_once
+def test_client_that_comes_back_takes_over_though_its_partial_is_being_hashed(mode, folder):
+    patch, identity = "import ftp_server; ftp_server.TAKEOVER_TIME = 1", upload_id()
+    with serve(mode, folder, patch=patch) as server, server.peer() as older, server.peer() as newer:
+        server.cut_upload("x", content(1000), 600, id=identity)
+        path = os.path.join(server.upload, ".partial", identity)
+        sparse(path, 1 << 36)  # hashing that takes half a minute at least
+        older.send({"cmd": "resume", "name": "x", "size": 1 << 36, "id": identity})
+        wait_for(lambda: is_locked(path))
+        assert newer.put("x", b"hello", id=identity)["ok"]
+        assert older.closed()
+        assert server.uploads() == {"x": b"hello"}
 
 
 @in_all_modes_at_once
