@@ -16,7 +16,8 @@
 --     SELECT 7 / 2;                 a statement: it runs
 --     -- > 3                        a row of its answer; | stands between columns
 --     -- > mariadb: 3.5             another answer, on this engine: sqlite, mariadb or postgresql
---     -- try: SELEC 7;              not run, as it fails on some engine: type it yourself
+--     -- try: SELEC 7;              not run, as it fails on some engine: paste the notes down to here at the
+--                                   engine's prompt, then type it
 --     -- ! mariadb 1064             what comes of that: MariaDB's error number, PostgreSQL's SQLSTATE,
 --                                   the exception of Python's sqlite3; or ok, when it passes
 -- MySQL answers as MariaDB does, except where the text says otherwise (so its manual tells: MySQL is
@@ -408,6 +409,7 @@ SELECT COUNT(*) FROM transfers;
 SELECT 7 / 2;
 -- > 3
 -- > mariadb: 3.5
+-- (MariaDB shows 3.5000. Numbers count as the same here, however many zeros are shown.)
 -- || joins strings, but in MariaDB and MySQL it means OR (CONCAT joins there).
 SELECT 'lab' || '.zip';
 -- > lab.zip

@@ -1347,8 +1347,8 @@ def advice(error, address, timeout):
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return "unknown host %s: check the spelling, or use the address that the server prints" % host
     if isinstance(error, ConnectionRefusedError):
-        return "%s refuses port %d: is ftp_server.py running there, for this address and port, not for 127.0.0.1 only, " \
-               "and does its firewall let us in?" % address
+        return "%s refuses port %d: is ftp_server.py running there, for this address (0.0.0.0 lets others in too) and " \
+               "port, and does its firewall let us in?" % address
     if isinstance(error, socket.timeout) or error.errno == errno.ETIMEDOUT:
         return "no answer from %s port %d in %g s: is it running? Check address, port, network and its firewall" % (
             host, port, timeout)
@@ -1845,14 +1845,15 @@ def count(text):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="ftp_client.py", allow_abbrev=False, usage="%(prog)s [HOST [PORT [COMMAND ARG...]]] [options]",
-        description="Move files to and from an ftp_server.py. Without a COMMAND there is a prompt.",
+        description="Move files to and from an ftp_server.py. Without a COMMAND there is a prompt. "
+                    "By default HOST is 127.0.0.1 and PORT is 8885.",
         epilog="Commands: put FILE... [-r], get NAME... [-r] [-f] [-o PATH], ls [PATH]; help at the prompt tells more.")
     add = parser.add_argument
     add("--classic", action="store_true", help="speak the original's dialect")
     add("--no-verify", action="store_true", help="don't hash what is moved")
     add("--retries", type=count, default=5, metavar="N", help="tries in a row to take up a broken connection (default: %(default)s)")
     add("--timeout", type=seconds, default=60, metavar="SECONDS", help="until a silent server is given up (default: %(default)s)")
-    add("--find", nargs="?", const="255.255.255.255", metavar="ADDRESS", help="ask the network which servers there are")
+    add("--find", nargs="?", const="255.255.255.255", metavar="ADDRESS", help="ask the network which servers there are, on UDP port PORT")
     add("--explain", action="store_true", help="show every message that crosses the wire")
     add("-q", "--quiet", action="store_true", help="say only what went wrong")
     add("--version", action="version", version="ftp_client.py " + VERSION)
@@ -1862,6 +1863,9 @@ def parse_args(argv=None):
     for word in words[:2]:
         if word.startswith("-") and len(word) > 1:
             parser.error("unrecognized option %s" % word)
+    both = re.fullmatch(r"([^:]+|\[.+\]):([0-9]+)", words[0]) if words else None
+    if both:
+        parser.error("HOST and PORT are two words: %s %s" % both.groups())
     options.host = words[0].strip("[]") if words else "127.0.0.1"       # an IPv6 address as the server prints it
     options.command = words[2:]
     try:

@@ -309,7 +309,7 @@ class Download:
     def __init__(self, fd):
         self.stat = os.fstat(fd)
         if not stat.S_ISREG(self.stat.st_mode):
-            raise Refusal("not-a-file", "not a file")
+            raise Refusal("not-a-file", "not a file (get -r fetches folders)")
         self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
@@ -2192,7 +2192,7 @@ def parse_args(argv=None):
     add("--upload", metavar="DIR", help="where put stores (default: upload in the root)")
     add("--download", metavar="DIR", help="what get and ls serve (default: download in the root)")
     add("--overwrite", action="store_true", help="an upload replaces a file of its name (default: both are kept)")
-    add("--max-clients", type=count, metavar="N", default=10000, help="default: %(default)s")
+    add("--max-clients", type=count, metavar="N", default=10000, help="at once; one more is told busy (default: %(default)s)")
     add("--max-size", type=size, metavar="SIZE", help="largest upload: 500, 64K, 10M, 2G")
     add("--timeout", type=seconds, metavar="SECONDS", default=60, help="until an idle client is dropped (default: %(default)s)")
     add("--no-fsync", action="store_true", help="don't wait for the disk: faster, and a power cut may take what was stored")
@@ -2284,13 +2284,14 @@ def own_addresses(family):
 def print_banner(server):
     """Tell on stdout where the server listens, what it serves and what to type on the other machine."""
     host, port_number = server.server_address[:2]
+    alone = host.startswith("127.") or host == "::1"
     storage = server.service.storage
     say("listening on %s (%s)" % (address_text(server.server_address), server.service.mode))
     say("  put stores into   %s" % storage.upload)
     say("  get serves from   %s" % storage.download)
     for address in own_addresses(server.socket.family) if host in ("0.0.0.0", "::") else [host]:
-        say("  on the other machine:  python ftp_client.py %s %d" % (address, port_number))
-    if not host.startswith("127.") and host != "::1":
+        say("  on %s machine:  python ftp_client.py %s %d" % ("this" if alone else "the other", address, port_number))
+    if not alone:
         say("  whoever reaches this port can read the second folder and add to the first: no password, no encryption")
 
 

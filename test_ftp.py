@@ -3731,6 +3731,7 @@ def test_quiet_client_says_nothing_unless_it_fails(lone, work):
     "option": ["--frob"], "retries": ["--retries", "-1"], "timeout": ["--timeout", "0"], "port": ["127.0.0.1", "http"],
     "port 0x": ["127.0.0.1", "0x50"], "port 70000": ["127.0.0.1", "70000", "ls"], "command": ["127.0.0.1", "1", "frob"],
     "put nothing": ["127.0.0.1", "1", "put"], "get nothing": ["127.0.0.1", "1", "get"],
+    "host:port": ["127.0.0.1:8885", "ls"], "[host]:port": ["[::1]:8885"],
     "get -o nowhere": ["127.0.0.1", "1", "get", "x", "-o"], "get -z": ["127.0.0.1", "1", "get", "x", "-z"],
 })
 def test_wrong_usage_of_the_client_is_exit_2(arguments, work):
