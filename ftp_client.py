@@ -729,7 +729,7 @@ class Put(Job):
         self.client.payload("->", self.size - offset)
         try:
             try:
-                self.stream(file, offset, digest if self.client.verify else None)
+                self.stream(file, offset, self.size, digest if self.client.verify else None)
             except Broken:
                 self.listen()       # it may say why it takes no more
                 raise
@@ -754,18 +754,18 @@ class Put(Job):
                 return offset, digest
         return 0, hashlib.sha256()
 
-    def stream(self, file, offset, digest):
-        """Send the file from offset on; hash it on the way if there is a digest."""
+    def stream(self, file, offset, stop, digest):
+        """Send the file from offset to stop; hash it on the way if there is a digest."""
         if digest is None and hasattr(os, "sendfile"):
-            self.stream_unread(file, offset)
+            self.stream_unread(file, offset, stop)
         else:
-            self.stream_read(file, offset, digest)
+            self.stream_read(file, offset, stop, digest)
 
-    def stream_read(self, file, offset, digest):
+    def stream_read(self, file, offset, stop, digest):
         view = memoryview(bytearray(CHUNK))
         file.seek(offset)
-        while offset < self.size:
-            count = file.readinto(view[:self.size - offset])
+        while offset < stop:
+            count = file.readinto(view[:stop - offset])
             if not count:
                 raise Failed("the file shrank while it was sent: try again")
             if digest:
@@ -775,14 +775,14 @@ class Put(Job):
             self.progress(count)
             offset += count
 
-    def stream_unread(self, file, offset):
-        """Send the file from offset on by sendfile(2)."""
+    def stream_unread(self, file, offset, stop):
+        """Send the file from offset to stop by sendfile(2)."""
         self.client.link.flush()
-        while offset < self.size:
+        while offset < stop:
             self.listen()
-            count = self.client.link.push(self.sendfile, file.fileno(), offset, min(SLICE, self.size - offset))
+            count = self.client.link.push(self.sendfile, file.fileno(), offset, min(SLICE, stop - offset))
             if count is None:
-                return self.stream_read(file, offset, None)
+                return self.stream_read(file, offset, stop, None)
             if not count:
                 raise Failed("the file shrank while it was sent: try again")
             self.progress(count)
@@ -825,13 +825,15 @@ class Put(Job):
                 raise Refusal("refused", "the server did not say OK")
             self.went_on_at(0)
             self.client.payload("->", self.size)
+            last = max(0, self.size - 1)    # the last byte is held back until it is sure that all fit together
             try:
-                self.stream(file, 0, None)
+                self.stream(file, 0, last, None)
+                if changed(file, before):
+                    raise Failed("the file changed while it was sent: try again")
+                self.stream(file, last, self.size, None)
                 link.flush()
             except Broken as error:         # the original would append what is sent again
                 raise Failed("%s; the server may have stored a part" % error)
-            if changed(file, before):
-                raise Failed("the file changed while it was sent: what the server has is a mixture")
             link.sock.shutdown(socket.SHUT_WR)
             # The original drops what it hasn't read of one connection when the next one asks; some close when done.
             wait_for(link.sock, READ, 0.5 + work_time(self.size))

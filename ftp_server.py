@@ -1975,7 +1975,7 @@ class SelectFtpServer:
 
     def answer_bell(self, sock, mask):
         """Callback of the bell."""
-        sock.recv(CHUNK)
+        sock.recv(1)
         self.rung = False           # before the look: whoever comes after it rings again
         self.take_back()
 
