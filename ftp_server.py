@@ -1968,10 +1968,11 @@ class SelectFtpServer:
             with contextlib.suppress(OSError):      # closed: the server has stopped
                 self.button.send(b"!")
 
-    @staticmethod
-    def goes_on(kind, wait):
-        """Tell whether a worker may go on at once: there is more of the same to do, or a stream that never pauses."""
-        return wait == kind or kind == COMPUTES and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
+    def goes_on(self, kind, wait):
+        """Tell whether a worker may go on at once: there is more of the same to do, or a stream that never pauses and
+        is the only one, or one of the few that may compute."""
+        few = kind == COMPUTES or len(self.turns[kind].begun) == 1
+        return wait == kind or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
     def answer_bell(self, sock, mask):
         """Callback of the bell."""
