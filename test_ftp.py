@@ -157,13 +157,8 @@ def read_bytes(path):
 
 
 def is_locked(path):
-    """Tell whether another process has a file locked."""
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+    """Tell whether a process has a file locked, by Linux' own list: to try it would be to lock it."""
+    return b":%d " % os.stat(path).st_ino in read_bytes("/proc/locks")
 
 
 def sparse(path, size):
