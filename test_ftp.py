@@ -2523,7 +2523,7 @@ def test_memory_does_not_grow_with_the_file(mode, folder):
         for _ in range(size // MIB):
             peer.send(zeros)
         assert peer.ask({"sha256": None})["ok"]
-        assert server.peak_memory() - before < 1.5 * MIB
+        assert server.peak_memory() - before < 4 * MIB
 
 
 @linux
