@@ -2893,7 +2893,7 @@ def test_cut_classic_put_leaves_nothing_visible(server, peer):
 @pytest.mark.parametrize("request_text", [
     "put|../x|1", "put|/etc/x|1", "put|a\\x|1", "put||1", "put|x|-1", "put|x|1.0", "put|x|1e3", "put|x| 1", "put|x|１",
     "put|x|9223372036854775808", "put|x|" + "9" * 5000, "put|x|0x10", "put|x|1|", "put|x|1\n", "put|.partial/x|1",
-    "put|x\x1b[31m|1", "put|x|5hello", b"put|\xff|1", "get|x|one", "get|x|--1", "get|x|+1", "get|../root/x|0",
+    "put|x\x1b[31m|1", "put|x|5hello", b"put|\xff|1", "get|x|one", "get|x|--1", "get|x|+1", "get|../outside/x|0",
     "get|/etc/passwd|0", "get|.partial|0", "get|.|0", "PUT|x|1", "exit|x|1", "__init__|x|1", "dir|x|1", "putx|1",
     "quit", "x" * 5000, "get|" + "x" * 70000], ids=lambda text: repr(text)[:24].replace("\\", "/"))
 def test_bad_classic_request_is_refused(server, peer, request_text):
@@ -4885,7 +4885,7 @@ def test_prompt_through_a_pipe(lone, work):
     assert lone.uploads() == {"a b.txt": b"ab", "c.txt": b"c", "d.txt": b"d"}
     assert (work / "there is.txt").read_bytes() == b"it"
     everything = done.out + done.err
-    assert done.out.count("\nput FILE") + done.out.count(">>>put FILE") == 3 and re.search(r"\b2  .* c\.txt|\b1  .* c\.txt", done.out)
+    assert done.out.count("\nput FILE") + done.out.count(">>>put FILE") == 3 and re.search(r"\b1  .* c\.txt", done.out)
     for word in ("frob", "there is.txt", "shelly", "missing", "d.txt"):
         assert word in everything
     assert "never.txt" not in everything
