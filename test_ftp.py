@@ -2533,11 +2533,11 @@ def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
     with serve(mode, folder, patch=limit) as server, server.peer() as first:
 
-        def recovered():
-            with contextlib.suppress(ConnectionError):
-                return server.alive()
+        def open_descriptors():
+            return len(os.listdir("/proc/%d/fd" % server.process.pid))
 
         assert first.hello()["ok"]
+        at_first = open_descriptors()
         with contextlib.ExitStack() as stack:
             crowd = [stack.enter_context(server.peer()) for _ in range(80)]
             assert crowd[-1].line()["code"] == "busy"
@@ -2546,7 +2546,8 @@ def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
             time.sleep(1)
             assert server_cpu(server.process) - before < 0.5
             assert first.hello()["ok"]
-        wait_for(recovered, 5)
+        wait_for(lambda: open_descriptors() <= at_first)
+        assert server.alive()
         assert first.put("x", b"x")["ok"]
 
 
