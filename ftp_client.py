@@ -1315,7 +1315,7 @@ class FtpClient:
             return None
 
     def find_remote(self, pattern):
-        """The remote names that a pattern of get stands for: a list of entries with full names."""
+        """The remote names that a pattern stands for: a list of entries with full names."""
         *folders, last = pattern.split("/")
         parents, wild = [""], False
         for part in folders:
@@ -1630,9 +1630,20 @@ def add_folder(client, name, options, out, jobs):
 
 
 def do_ls(client, options, names):
-    """ls [PATH]                    what the server has"""
-    show_entries(client.ls(typed(names[0]) if names else ""))
-    return True
+    """ls [PATH]                    what the server has; PATH may be a pattern"""
+    name = typed(names[0]) if names else ""
+    try:
+        show_entries(entries_in(client, name))
+        return True
+    except (Refusal, re.error) as error:
+        client.fail(name or ".", reason(error))
+        return False
+
+
+def entries_in(client, name):
+    """What is in a remote folder, or what a pattern stands for where no folder has that name."""
+    entries = client.find_remote(name) if WILD.search(name) else []
+    return entries if entries and entries[0]["name"] != name else client.ls(name)
 
 
 def show_entries(entries):

@@ -313,6 +313,7 @@ class Download:
         self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
+        self.result = "ok"          # of the transfer, for the log
         self.settled = abs(time.time() - max(self.mtime, self.stat.st_ctime)) > SETTLED     # its stamps can be trusted
 
     def __enter__(self):
@@ -408,6 +409,7 @@ class Upload:
         self.storage, self.parts, self.size, self.ident = storage, parts, size, ident
         self.partial = ident or "%s-%x" % (storage.nonce, next(storage.numbers))
         self.length = self.moved = 0
+        self.result = "ok"          # of the transfer, for the log
         self.digest, self.hashed = hashlib.sha256(), 0      # of so many first bytes; None: nobody verifies
         self.file = self.folder = self.target = None
         self.keep = bool(ident)     # the partial, for a resume
@@ -554,7 +556,10 @@ class Upload:
                 if not stored:
                     self.discard()
                 self.target.sync(self.storage.fsync)
-                return "/".join(self.parts[:-1] + [name]), not stored
+                whole_name = "/".join(self.parts[:-1] + [name])
+                if not stored or name != self.parts[-1]:
+                    self.result = "ok, %s as %s" % ("stored" if stored else "already there", whole_name)
+                return whole_name, not stored
 
     def candidates(self):
         """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
@@ -1083,7 +1088,9 @@ class Session:
     async def refuse(self, refusal):
         """Tell the client why not; True where the conversation can go on."""
         if not self.told:
-            LOG.warning("%s %s refused: %s: %s", self.peer, self.doing, refusal.code, refusal)
+            idle = self.doing == "request" and isinstance(refusal, TimedOut)
+            LOG.log(logging.INFO if idle else logging.WARNING, "%s %s refused: %s: %s", self.peer, self.doing, refusal.code,
+                    refusal)
         if self.answering or not self.framed:
             if isinstance(refusal, TimedOut):
                 raise refusal       # a silent peer: lingering would only keep its place taken
@@ -1106,16 +1113,18 @@ class Session:
     @contextlib.contextmanager
     def logged(self, file):
         """Write one line about the transfer in the block, however it ends."""
-        start, result = time.monotonic(), "ok"
+        start, level = time.monotonic(), logging.INFO
         try:
             yield
+            result = file.result
         except BaseException as error:
+            level = logging.WARNING
             result = "cut: the server stops" if isinstance(error, GeneratorExit) else "failed: %s" % error
             self.told = True
             raise
         finally:
             seconds = time.monotonic() - start
-            LOG.log(logging.INFO if result == "ok" else logging.WARNING, "%s %s %d bytes %.3f s %.1f MB/s %s",
+            LOG.log(level, "%s %s %d bytes %.3f s %.1f MB/s %s",
                     self.peer, self.doing, file.moved, seconds, file.moved / 1e6 / max(seconds, 1e-6), result)
 
     # ---- framed ----
@@ -2238,6 +2247,7 @@ def open_server(options):
         return MODES[options.mode](service, family, address)
     except (OSError, UnicodeError) as error:
         hints = {errno.EADDRINUSE: "is another server running? Name another port, or 0 for any that is free",
+                 errno.EADDRNOTAVAIL: "HOST must be an address of this machine; 0.0.0.0 stands for all that it has",
                  errno.EACCES: "ports below 1024 need more rights: name a higher one"}
         raise Unusable("can't listen on %s port %d: %s (%s)" % (
             options.host, options.port, getattr(error, "strerror", None) or error,

@@ -2070,6 +2070,7 @@ def test_silent_peers_are_dropped(mode, folder):
             lambda: dropped(b"put|z|1000", told=False, settle=lambda peer: peer.read(2)),
             lambda: dropped(b"get|z", told=False))
         assert server.uploads() == {}
+        assert {re.sub(".*WARNING [^ ]* ([^ ]*).*", r"\1", line) for line in server.log().splitlines() if "WARNING" in line} == {"put"}
 
 
 @early
@@ -3531,21 +3532,25 @@ def test_folders_can_be_named_apart(mode, folder):
 def test_log_tells_every_transfer_in_one_escaped_line(mode, folder):
     with serve(mode, folder) as server, server.peer() as peer:
         server.serves("成绩.txt", b"12345")
-        peer.put("upload 1.txt", b"123")
+        peer.put("in/upload 1.txt", b"123")
+        peer.put("in/upload 1.txt", b"456")
         peer.get("成绩.txt")
         peer.get("bad\x1b[31m\nname")
         peer.send("get|classic\x1b[31m|0")
         peer.rest_or_no()
         assert classic_get(peer, "成绩.txt") == b"12345"
-        peer.send("put|upload 1.txt|3")
+        peer.send("put|in/upload 1.txt|3")
         assert peer.read(2) == b"OK"
         peer.send(b"123")
-        wait_for(lambda: server.log().count(" ok\n") == 4)
+        wait_for(lambda: server.log().count(" ok") == 5)
         server.stop()
         lines = server.log().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d", line) for line in lines)
-    for what in (r"put upload 1\.txt 3", r"get 成绩\.txt 5"):
-        assert 2 == sum(bool(re.search(r"127\.0\.0\.1:\d+ %s bytes \d+\.\d+ s \d+\.\d+ MB/s ok$" % what, line)) for line in lines)
+    found = [re.search(r"127\.0\.0\.1:\d+ (.*) bytes \d+\.\d+ s \d+\.\d+ MB/s (.*)$", line) for line in lines]
+    put, get = "put in/upload 1.txt 3", "get 成绩.txt 5"
+    assert [match.groups() for match in found if match] == [
+        (put, "ok"), (put, "ok, stored as in/upload 1-2.txt"), (get, "ok"), (get, "ok"),
+        (put, "ok, already there as in/upload 1.txt")]
     assert "\x1b" not in server.log()
 
 
@@ -3831,6 +3836,22 @@ def test_home_folder_and_names_that_look_like_patterns_are_found(lone, work):
     home = {"HOME": str(work), "USERPROFILE": str(work)}
     assert client(lone, "put", "~/a[1].txt", "~/a2*", cwd=os.path.dirname(str(work)), environment=home).code == 0
     assert lone.uploads() == {"a[1].txt": b"1", "a2.txt": b"2"}
+
+
+def test_ls_shows_what_a_pattern_stands_for(lone, work):
+    fill(lone.download, {"a.txt": b"1", "b.txt": b"22", "c": b"", "d/e.txt": b"333", "d[1]/inside": b""})
+
+    def shown(path):
+        done = client(lone, "ls", path, cwd=work)
+        assert done.code == 0 and done.err == ""
+        return [line.split()[-1] for line in done.out.splitlines()]
+
+    assert shown("*.txt") == ["a.txt", "b.txt"]
+    assert shown("d/?.txt") == shown("*/*.txt") == ["d/e.txt"]
+    assert shown("d[1]") == ["inside"]
+    for path in ("nothing", "no*", "../*", "[z-a]"):
+        done = client(lone, "ls", path, cwd=work)
+        assert done.code == 1 and done.out == "" and done.err.count("\n") == 1 and done.err.startswith(path + ": ")
 
 
 def test_get_saves_where_it_is_told(lone, work):
