@@ -259,7 +259,7 @@ class Link:
 
     def __init__(self, sock, timeout, explain=None):
         with contextlib.suppress(OSError):      # reset already: the first use will tell
-            tune(sock, sock.getpeername()[0], LOOPBACK_BUFFER)
+            tune(sock, sock.getpeername()[0])
         sock.settimeout(timeout)
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
@@ -409,12 +409,16 @@ else:
         return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
 
 
-def tune(sock, peer, buffer):
-    """Set what both ends of a connection want of their sockets: peer is the other end's address, buffer in bytes."""
+def is_loopback(host):
+    return host == "::1" or host.startswith(("127.", "::ffff:127."))
+
+
+def tune(sock, peer):
+    """Set what both ends of a connection want of their sockets; peer is the other end's address."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
+    if is_loopback(peer):           # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, buffer)
+            sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
 
 
 def unsent(sock):

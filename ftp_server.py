@@ -62,7 +62,7 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
-CROWD, CROWD_BUFFER = 16, 72 << 10      # from so many sessions on, new ones get buffers of so many bytes: same reason
+CROWD, CROWD_BUFFER = 4, 72 << 10       # where so many send at once, the next have buffers of so many bytes: same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 PIPE = 1 << 20             # bytes that the pipe of an unhashed upload holds: the most that any user may ask for, see pipe(7)
@@ -843,12 +843,16 @@ def announce(kind):
     yield kind
 
 
-def tune(sock, peer, buffer):
-    """Set what both ends of a connection want of their sockets: peer is the other end's address, buffer in bytes."""
+def is_loopback(host):
+    return host == "::1" or host.startswith(("127.", "::ffff:127."))
+
+
+def tune(sock, peer):
+    """Set what both ends of a connection want of their sockets; peer is the other end's address."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):   # elsewhere the system's own tuning is better
+    if is_loopback(peer):           # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, buffer)
+            sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
 
 
 def unsent(sock):
@@ -1012,16 +1016,16 @@ class Session:
     """One client's conversation. All that is known about it is here, and nowhere on the server.
 
     run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
-    __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "doing", "payload", "answering",
+    __slots__ = ("service", "storage", "wire", "peer", "loopback", "full", "framed", "doing", "payload", "answering",
                  "resumed", "told", "ended")
 
     def __init__(self, service, sock, address, full):
         sock.setblocking(False)
         with contextlib.suppress(OSError):
-            tune(sock, address[0], LOOPBACK_BUFFER if len(service.sessions) < CROWD else CROWD_BUFFER)
+            tune(sock, address[0])
         self.service, self.storage = service, service.storage
         self.wire = Wire(sock, min(service.timeout, HEADER_TIME) if full else service.timeout)
-        self.peer = address_text(address)
+        self.peer, self.loopback = address_text(address), is_loopback(address[0])
         self.full = full            # one client too many: its first request is told so
         self.framed = False         # the dialect of the last request
         self.doing = "request"      # what it asks for, for the log
@@ -1201,16 +1205,35 @@ class Session:
         """Send a file from offset to stop; the SHA-256 of the whole if wanted."""
         known = self.storage.known_digest(download) if verify else None
         digest = (download.digest or hashlib.sha256()) if verify and not known else None
-        if digest is None and stop - offset > JOIN and hasattr(os, "sendfile"):
-            while offset < stop:
-                sent = await self.wire.send_from(download.file, offset, min(stop - offset, self.service.slice()))
-                if sent is None:
-                    await self.send_read(download, offset, stop, None)
-                    break
-                offset = download.advance(offset, sent)
-        else:
+        if stop - offset <= JOIN:
             await self.send_read(download, offset, stop, digest)
+        else:
+            send = self.send_read if digest or not hasattr(os, "sendfile") else self.send_unread
+            with self.among_senders():
+                await send(download, offset, stop, digest)
         return digest.hexdigest() if digest else known
+
+    @contextlib.contextmanager
+    def among_senders(self):
+        """Count among the sessions that send much, with a buffer that fits their number, while the block runs."""
+        senders = self.service.senders
+        senders.add(self)
+        try:
+            if self.loopback:
+                with contextlib.suppress(OSError):      # reset already: the first use will tell
+                    buffer = LOOPBACK_BUFFER if len(senders) < CROWD else CROWD_BUFFER
+                    self.wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            yield
+        finally:
+            senders.discard(self)
+
+    async def send_unread(self, download, offset, stop, digest):
+        """Send a file from offset to stop without reading it, so without a digest."""
+        while offset < stop:
+            sent = await self.wire.send_from(download.file, offset, min(stop - offset, self.service.slice()))
+            if sent is None:
+                return await self.send_read(download, offset, stop, digest)
+            offset = download.advance(offset, sent)
 
     async def send_read(self, download, offset, stop, digest):
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
@@ -1429,6 +1452,7 @@ class Service:
         self.mode, self.storage, self.timeout, self.max_clients = mode, storage, timeout, max_clients
         self.stopping = False
         self.sessions, self.served = set(), 0       # served: how many of them are not one too many (Session.full)
+        self.senders = set()                        # sessions that send much just now
         self.left = threading.Condition()           # guards sessions; notified when one ends
         self.reserve = os.open(os.devnull, os.O_RDONLY)
 
@@ -1451,7 +1475,7 @@ class Service:
     def slice(self):
         """Bytes that one session may send at a time: small slices of many keep the receivers' data in the processor's
         cache, and nobody waiting."""
-        return max(SLICE, TURN // max(1, len(self.sessions)))
+        return max(SLICE, TURN // max(1, len(self.senders)))
 
     def cut_all(self):
         with self.left:
@@ -2295,7 +2319,7 @@ def own_addresses(family):
 def print_banner(server):
     """Tell on stdout where the server listens, what it serves and what to type on the other machine."""
     host, port_number = server.server_address[:2]
-    alone = host.startswith("127.") or host == "::1"
+    alone = is_loopback(host)
     storage = server.service.storage
     say("listening on %s (%s)" % (address_text(server.server_address), server.service.mode))
     say("  put stores into   %s" % storage.upload)

@@ -950,7 +950,7 @@ def test_both_scripts_hold_the_same_message_format():
         assert ours[name] == theirs[name], "%s differs" % name
 
 
-@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered is_numbered wait_for tune unsent printable "
+@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered is_numbered wait_for is_loopback tune unsent printable "
                          "say seconds port".split())
 def test_both_scripts_hold_the_same_helpers(name):
     assert inspect.getsource(getattr(ftp_server, name)) == inspect.getsource(getattr(ftp_client, name))
@@ -2601,6 +2601,29 @@ def test_idle_clients_cost_no_processor_time(mode, folder):
         before = server_cpu(server.process)
         time.sleep(0.5)
         assert server_cpu(server.process) - before < 0.1
+
+
+def test_clients_that_send_nothing_are_no_crowd():
+    service = ftp_server.Service("selectors", None, 60, 1000)
+    with contextlib.ExitStack() as stack, listen() as listener:
+
+        def session():
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            sock, address = listener.accept()
+            return service.welcome(stack.enter_context(sock), address)
+
+        def buffer_of(session):
+            stack.enter_context(session.among_senders())
+            return session.wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+        stack.callback(os.close, service.reserve)
+        for _ in range(ftp_server.CROWD + 5):
+            session()
+        large = buffer_of(session())
+        assert service.slice() == ftp_server.TURN
+        for number in range(2, ftp_server.CROWD + 2):
+            assert (buffer_of(session()) < large) == (number >= ftp_server.CROWD)
+    assert not service.senders
 
 
 # ==== Shutdown ======================================================================================================
