@@ -1473,9 +1473,9 @@ class Service:
             self.left.notify_all()
 
     def slice(self):
-        """Bytes that one session may send at a time: small slices of many keep the receivers' data in the processor's
+        """Bytes that one of the senders may send at a time: small slices of many keep the receivers' data in the processor's
         cache, and nobody waiting."""
-        return max(SLICE, TURN // max(1, len(self.senders)))
+        return max(SLICE, TURN // len(self.senders))
 
     def cut_all(self):
         with self.left:
