@@ -410,6 +410,7 @@ else:
 
 
 def is_loopback(host):
+    """Tell whether host, an address in numbers, leads back to this machine."""
     return host == "::1" or host.startswith(("127.", "::ffff:127."))
 
 

@@ -844,6 +844,7 @@ def announce(kind):
 
 
 def is_loopback(host):
+    """Tell whether host, an address in numbers, leads back to this machine."""
     return host == "::1" or host.startswith(("127.", "::ffff:127."))
 
 
