@@ -1647,8 +1647,12 @@ def do_ls(client, options, names):
 
 def entries_in(client, name):
     """What is in a remote folder, or what a pattern stands for where no folder has that name."""
-    entries = client.find_remote(name) if WILD.search(name) else []
-    return entries if entries and entries[0]["name"] != name else client.ls(name)
+    if WILD.search(name):
+        split_name(name)
+        entries = client.find_remote(name)
+        if entries and (entries[0]["name"], entries[0]["type"]) != (name, "dir"):
+            return entries
+    return client.ls(name)
 
 
 def show_entries(entries):

@@ -62,7 +62,7 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
-CROWD, CROWD_BUFFER = 4, 72 << 10       # where so many send at once, the next have buffers of so many bytes: same reason
+CROWD, CROWD_BUFFER = 12, 72 << 10      # where so many send at once, the next have buffers of so many bytes: same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 PIPE = 1 << 20             # bytes that the pipe of an unhashed upload holds: the most that any user may ask for, see pipe(7)
@@ -556,10 +556,9 @@ class Upload:
                 if not stored:
                     self.discard()
                 self.target.sync(self.storage.fsync)
-                whole_name = "/".join(self.parts[:-1] + [name])
                 if not stored or name != self.parts[-1]:
-                    self.result = "ok, %s as %s" % ("stored" if stored else "already there", whole_name)
-                return whole_name, not stored
+                    self.result = "ok, %s as %s" % ("stored" if stored else "already there", name)
+                return "/".join(self.parts[:-1] + [name]), not stored
 
     def candidates(self):
         """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
@@ -1093,7 +1092,7 @@ class Session:
     async def refuse(self, refusal):
         """Tell the client why not; True where the conversation can go on."""
         if not self.told:
-            idle = self.doing == "request" and isinstance(refusal, TimedOut)
+            idle = isinstance(refusal, TimedOut) and self.doing == "request" and not self.wire.ahead
             LOG.log(logging.INFO if idle else logging.WARNING, "%s %s refused: %s: %s", self.peer, self.doing, refusal.code,
                     refusal)
         if self.answering or not self.framed:
