@@ -686,6 +686,9 @@ class Server:
         self.process.wait(PATIENCE)
         self.stopped = True
 
+    def open_descriptors(self):
+        return len(os.listdir("/proc/%d/fd" % self.process.pid))
+
     def peak_memory(self):
         status = read_bytes("/proc/%d/status" % self.process.pid)
         return int(re.search(rb"VmHWM:\s+(\d+) kB", status).group(1)) * KIB
@@ -2534,12 +2537,8 @@ def test_memory_does_not_grow_with_the_file(mode, folder):
 def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
     with serve(mode, folder, patch=limit) as server, server.peer() as first:
-
-        def open_descriptors():
-            return len(os.listdir("/proc/%d/fd" % server.process.pid))
-
         assert first.hello()["ok"]
-        at_first = open_descriptors()
+        at_first = server.open_descriptors()
         with contextlib.ExitStack() as stack:
             crowd = [stack.enter_context(server.peer()) for _ in range(80)]
             assert crowd[-1].line()["code"] == "busy"
@@ -2548,7 +2547,7 @@ def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
             time.sleep(1)
             assert server_cpu(server.process) - before < 0.5
             assert first.hello()["ok"]
-        wait_for(lambda: open_descriptors() <= at_first)
+        wait_for(lambda: server.open_descriptors() <= at_first)
         assert server.alive()
         assert first.put("x", b"x")["ok"]
 
@@ -2566,12 +2565,12 @@ def test_refused_requests_leave_no_descriptor_open(server, peer):
                 ask(cmd, name)
             ask("resume", name, id=upload_id())
             ask("put", name, id=upload_id())
-        return os.listdir("/proc/%d/fd" % server.process.pid)
+        return server.open_descriptors()
 
     before = ask_all()
     for _ in range(5):
         ask_all()
-    assert len(ask_all()) <= len(before)
+    assert ask_all() <= before
 
 
 @posix
@@ -5842,6 +5841,7 @@ class Typist:
     def play(self, text):
         """Do what the blocks of one exercise say, and look for what they promise."""
         blocks = [(int(code or 0), kind, body.replace("8885", self.port)) for code, kind, body in BLOCK.findall(text)]
+        promised = collections.Counter()
         self.shown = []
         try:
             for number, (code, kind, body) in enumerate(blocks):
@@ -5855,7 +5855,8 @@ class Typist:
                 elif kind == "text":
                     for line in body.splitlines():
                         if line.strip() and not line.startswith(">>>"):
-                            self.look_for(line)
+                            promised[line] += 1
+                            self.look_for(line, promised[line])
         finally:
             self.stop()
 
@@ -5903,15 +5904,15 @@ class Typist:
         done = self.run([sys.executable] + tests.split()[1:] + ["--collect-only", "-p", "no:cacheprovider"])
         assert tests.split()[0] == ".venv/bin/python" and done.returncode == 0
 
-    def look_for(self, line):
-        """Wait until a line is shown; in the page's text … stands for anything."""
+    def look_for(self, line, times):
+        """Wait until a line is shown so many times; in the page's text … stands for anything."""
         words = " ".join(line.split())
         pattern = re.compile(".*".join(map(re.escape, words.split("…"))) + "$")
 
         def seen():
             log = [read_bytes(self.log_path).decode("utf-8")] if self.process else []
-            return any(pattern.match(" ".join(re.sub(r"^(>>>)+", "", shown).split()))
-                       for text in self.shown + log for shown in text.splitlines())
+            return times <= sum(bool(pattern.match(" ".join(re.sub(r"^(>>>)+", "", shown).split())))
+                                for text in self.shown + log for shown in text.splitlines())
 
         try:
             wait_for(seen, 5)
