@@ -1016,7 +1016,7 @@ class Session:
     """One client's conversation. All that is known about it is here, and nowhere on the server.
 
     run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
-    __slots__ = ("service", "storage", "wire", "peer", "loopback", "full", "framed", "doing", "payload", "answering",
+    __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "doing", "payload", "answering",
                  "resumed", "told", "ended")
 
     def __init__(self, service, sock, address, full):
@@ -1025,7 +1025,7 @@ class Session:
             tune(sock, address[0])
         self.service, self.storage = service, service.storage
         self.wire = Wire(sock, min(service.timeout, HEADER_TIME) if full else service.timeout)
-        self.peer, self.loopback = address_text(address), is_loopback(address[0])
+        self.peer = address_text(address)
         self.full = full            # one client too many: its first request is told so
         self.framed = False         # the dialect of the last request
         self.doing = "request"      # what it asks for, for the log
@@ -1208,9 +1208,11 @@ class Session:
         if stop - offset <= JOIN:
             await self.send_read(download, offset, stop, digest)
         else:
-            send = self.send_read if digest or not hasattr(os, "sendfile") else self.send_unread
             with self.among_senders():
-                await send(download, offset, stop, digest)
+                if digest or not hasattr(os, "sendfile"):
+                    await self.send_read(download, offset, stop, digest)
+                else:
+                    await self.send_unread(download, offset, stop)
         return digest.hexdigest() if digest else known
 
     @contextlib.contextmanager
@@ -1219,20 +1221,20 @@ class Session:
         senders = self.service.senders
         senders.add(self)
         try:
-            if self.loopback:
-                with contextlib.suppress(OSError):      # reset already: the first use will tell
+            with contextlib.suppress(OSError):          # reset already: the first use will tell
+                if is_loopback(self.wire.sock.getpeername()[0]):
                     buffer = LOOPBACK_BUFFER if len(senders) < CROWD else CROWD_BUFFER
                     self.wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
             yield
         finally:
             senders.discard(self)
 
-    async def send_unread(self, download, offset, stop, digest):
-        """Send a file from offset to stop without reading it, so without a digest."""
+    async def send_unread(self, download, offset, stop):
+        """Send a file from offset to stop without reading it, where the system can."""
         while offset < stop:
             sent = await self.wire.send_from(download.file, offset, min(stop - offset, self.service.slice()))
             if sent is None:
-                return await self.send_read(download, offset, stop, digest)
+                return await self.send_read(download, offset, stop, None)
             offset = download.advance(offset, sent)
 
     async def send_read(self, download, offset, stop, digest):
@@ -1473,8 +1475,8 @@ class Service:
             self.left.notify_all()
 
     def slice(self):
-        """Bytes that one of the senders may send at a time: small slices of many keep the receivers' data in the processor's
-        cache, and nobody waiting."""
+        """Bytes that one of the senders may send at a time: small slices of many keep the receivers' data in the
+        processor's cache, and nobody waiting."""
         return max(SLICE, TURN // len(self.senders))
 
     def cut_all(self):
