@@ -4376,6 +4376,7 @@ def test_ctrl_c_ends_the_command_with_130(lone, work, classic):
         with process:
             try:
                 assert proxy.held.wait(PATIENCE)
+                wait_for(lambda: any(tree(work, hidden=True).values()))    # what has passed the proxy may not be here yet
                 process.send_signal(signal.SIGINT)
                 out, err = process.communicate(timeout=5)
             finally:
