@@ -532,6 +532,12 @@ def sync_folder(path):
                 os.close(fd)
 
 
+def nanoseconds(seconds):
+    """A time as os.utime() takes it, so exact that a float read from one file comes out of the other the same."""
+    whole, part = divmod(seconds, 1)
+    return int(whole) * 10 ** 9 + round(part * 1e9)
+
+
 class Target:
     """A file on its way in: a hidden partial file beside it, to which publish() gives the final name."""
 
@@ -597,7 +603,7 @@ class Target:
         fd = self.file.fileno()
         if mtime is not None:
             try:
-                os.utime(fd if os.utime in os.supports_fd else self.partial, ns=(int(mtime * 1e9),) * 2)
+                os.utime(fd if os.utime in os.supports_fd else self.partial, ns=(nanoseconds(mtime),) * 2)
             except (OSError, OverflowError):        # a time that this system can't hold
                 pass
         os.fsync(fd)

@@ -400,6 +400,12 @@ class Claims:
             self.claims.pop(ident)[1].set()
 
 
+def nanoseconds(seconds):
+    """A time as os.utime() takes it, so exact that a float read from one file comes out of the other the same."""
+    whole, part = divmod(seconds, 1)
+    return int(whole) * 10 ** 9 + round(part * 1e9)
+
+
 class Upload:
     """A file on its way in: a partial file, to which publish() gives the final name.
 
@@ -540,7 +546,7 @@ class Upload:
         Its value is (the name stored, whether the same content was there already)."""
         if mtime is not None:
             try:
-                times = int(time.time() * 1e9), int(mtime * 1e9)        # sweep() goes by the later of the two
+                times = nanoseconds(time.time()), nanoseconds(mtime)    # sweep() goes by the later of the two
                 os.utime(self.file.fileno() if os.utime in os.supports_fd else self.folder.at(self.partial), ns=times)
             except (OSError, OverflowError):                    # a time that this system can't hold
                 pass
