@@ -1305,13 +1305,10 @@ class FtpClient:
         self.payload("<-", left)
         if left > LISTING_LIMIT:
             raise BadMessage("a listing of %d bytes" % left)
-        lines = []
-        while left:
-            lines.append(self.link.read_line())
-            left -= len(lines[-1])
-            if left < 0:
-                raise BadMessage("a listing that is longer than it says")
-        return lines
+        listing = bytearray()
+        while len(listing) < left:
+            listing += self.link.read(left - len(listing))
+        return listing.splitlines()
 
     def entry_of(self, line):
         """An entry of a listing; None for one that is left out."""
