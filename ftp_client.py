@@ -1343,9 +1343,11 @@ class FtpClient:
         try:
             entries = self.ls(parent.rstrip("/"))
         except Refusal as error:
-            if wild and error.code in ("not-found", "not-a-file"):
-                return []
-            raise
+            if not wild:
+                raise
+            if error.code not in ("not-found", "not-a-file"):       # a folder that is not for us hides no others
+                self.left_out.append("%s: %s" % (parent.rstrip("/"), error))
+            return []
         exact = [entry for entry in entries if entry["name"] == pattern]
         return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)
                          and entry["name"].startswith(".") <= pattern.startswith(".")]      # as in a shell

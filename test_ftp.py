@@ -3879,6 +3879,24 @@ def test_ls_shows_what_a_pattern_stands_for(lone, work):
         assert done.code == 1 and done.out == "" and done.err.count("\n") == 1 and done.err.startswith(path + ": ")
 
 
+def test_folder_that_is_refused_hides_no_others_from_a_pattern(work):
+    def ls(peer, header):
+        entries = {"": [("closed", "dir"), ("open", "dir")], "open": [("x", "file")]}.get(header["path"])
+        if entries is None:
+            return peer.send({"ok": False, "code": "denied", "error": "not for you"})
+        listing = b"".join(wire({"name": name, "type": kind, "size": 1, "mtime": 0}) for name, kind in entries)
+        peer.send({"ok": True, "size": len(listing)}, listing)
+
+    def get(peer, header):
+        peer.send({"ok": True, "size": 1, "offset": 0, "mtime": 0}, b"x", {"ok": True, "sha256": sha(b"x")})
+
+    with fake_server(ls=ls, get=get) as (port, headers):
+        shown, got = (client(port, command, "*/*", cwd=work) for command in ("ls", "get"))
+    assert "open/x" in shown.out and (work / "x").read_bytes() == b"x"
+    for done in (shown, got):
+        assert done.code == 1 and done.err.splitlines()[-1] == "closed: not for you (denied)"
+
+
 def test_get_saves_where_it_is_told(lone, work):
     fill(lone.download, {"a/b": b"b"})
     (work / "folder").mkdir()
