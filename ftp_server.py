@@ -1560,16 +1560,13 @@ class Discovery:
 
 # ==== Backend: socketserver, a thread for each client =====================================================
 
-if hasattr(select, "poll"):
-    def wait_for(sock, event, seconds):
-        """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
-        poller = select.poll()
-        poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
-        return bool(poller.poll(seconds * 1000))
-else:
-    def wait_for(sock, event, seconds):
-        """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
+def wait_for(sock, event, seconds):
+    """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
+    if not hasattr(select, "poll"):     # Windows
         return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
+    poller = select.poll()
+    poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
+    return bool(poller.poll(seconds * 1000))
 
 
 class Turns:
