@@ -1678,13 +1678,11 @@ class Stoppable:
             super().process_request(request, client_address)
         except RuntimeError as error:
             LOG.error("no thread for %s: %s", address_text(client_address), error)
-            self.no_thread(request)
+            if self.socket_type == socket.SOCK_STREAM:      # a datagram just gets no answer
+                turn_away(request)
 
     def handle_error(self, request, client_address):
         LOG.exception("%s bug", address_text(client_address))
-
-    def no_thread(self, request):
-        """Do what can be done for a request that gets no thread."""
 
 
 class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
@@ -1711,9 +1709,6 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
         if taken is None:
             raise OSError("no connection")                  # socketserver goes on with the next
         return taken
-
-    def no_thread(self, request):
-        turn_away(request)
 
     def start_discovery(self):
         """Answer on the UDP port of the same number too, from a link loop of its own."""
