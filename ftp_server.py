@@ -1524,10 +1524,8 @@ def turn_away(sock):
 
 def tune_listener(sock, host):
     """Set what both backends want of the sockets that they bind, before that."""
-    if sock.type == socket.SOCK_STREAM and os.name == "nt":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)   # SO_REUSEADDR would share the port
-    elif sock.type == socket.SOCK_STREAM:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.type == socket.SOCK_STREAM:     # on Windows SO_REUSEADDR would share the port
+        sock.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
     if host == "::":
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)         # everybody, IPv4 too
 
