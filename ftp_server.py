@@ -1757,15 +1757,14 @@ class Workers:
 
     def __init__(self):
         self.threads = 0
-        self.idle = 0               # threads that wait for a job which nobody has given them yet
-        self.waiting = 0            # jobs that no thread could be started for
+        self.idle = 0               # threads that wait for a job, less the jobs that no thread could be started for
         self.lock = threading.Lock()
         self.jobs = QUEUE()
 
     def submit(self, function, argument):
         self.jobs.put((function, argument))
         with self.lock:
-            if self.idle:
+            if self.idle > 0:
                 self.idle -= 1
                 return
             self.threads += 1
@@ -1775,7 +1774,7 @@ class Workers:
             LOG.error("no new thread: %s", error)
             with self.lock:
                 self.threads -= 1
-                self.waiting += bool(self.threads)          # those there are will do it
+                self.idle -= bool(self.threads)             # those there are will do it
                 alone = not self.threads
             if alone:
                 self.do_job()                               # or else this one: slow, but not at an end
@@ -1788,10 +1787,7 @@ class Workers:
         while True:
             self.do_job()
             with self.lock:
-                if self.waiting:
-                    self.waiting -= 1
-                else:
-                    self.idle += 1
+                self.idle += 1
 
 
 class Task:
