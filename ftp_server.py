@@ -343,14 +343,10 @@ class Download:
             return True
         return now.st_nlink >= self.stat.st_nlink and now.st_ctime_ns != self.stat.st_ctime_ns
 
-    def hash_prefix(self, length):
-        """Generator: hash the first length bytes, with a pause for others at each yield."""
-        self.digest = hashlib.sha256()
-        yield from hash_into(self.digest, self.file, length)
 
-
-def hash_into(digest, file, length):
-    """Generator: hash length bytes from the start of a raw file. Raises Refusal where it is shorter."""
+def hash_file(file, length):
+    """Generator: the value is the SHA-256 of the first length bytes of a raw file. Raises Refusal where it is shorter."""
+    digest = hashlib.sha256()
     file.seek(0)
     view = memoryview(bytearray(min(length, CHUNK)))
     for offset in range(0, length, CHUNK):
@@ -360,6 +356,7 @@ def hash_into(digest, file, length):
         if count < min(CHUNK, length - offset):
             raise Refusal("changed", "the file shrank while it was read")
         digest.update(view[:count])
+    return digest
 
 
 def same_content(one, other):
@@ -499,8 +496,7 @@ class Upload:
 
     def hash_prefix(self):
         """Generator: hash what the partial holds already."""
-        self.digest = hashlib.sha256()
-        yield from hash_into(self.digest, self.file, self.length)
+        self.digest = yield from hash_file(self.file, self.length)
         self.hashed = self.length
 
     def write(self, view):
@@ -1200,7 +1196,7 @@ class Session:
             return 0
         known = self.storage.known_digest(download) if offset == download.size else None
         if not known:
-            await self.in_slices(download.hash_prefix(offset))
+            download.digest = await self.in_slices(hash_file(download.file, offset))
             known = download.digest.hexdigest()
         if known == sha256.lower():
             return offset
