@@ -2024,7 +2024,7 @@ class SelectFtpServer:
                 task.alarm = math.inf
                 if task.deadline <= now:
                     self.wait(task, task.advance(socket.timeout()))
-                elif task.deadline < math.inf:
+                else:
                     self.set_alarm(task)
 
     def close(self, task):
