@@ -281,23 +281,17 @@ class Link:
             raise Broken(error.strerror or str(error)) from None
 
     def send(self, data):
-        """Send bytes, later if they are few: small requests travel together."""
+        """Send at most JOIN bytes, later: small requests travel together."""
         if len(self.owed) + len(data) > JOIN:
             self.flush()
-        if len(data) > JOIN:
-            self.send_now(data)
-        else:
-            self.owed += data
+        self.owed += data
 
     def flush(self):
+        """Send all that is owed."""
         if self.failed:
             raise self.failed
-        data, self.owed = self.owed, bytearray()
-        if data:
-            self.send_now(data)
-
-    def send_now(self, data):
-        view, sent = memoryview(data), 0
+        view, sent = memoryview(self.owed), 0
+        self.owed = bytearray()
         try:
             while sent < len(view):
                 sent += self.push(self.sock.send, view[sent:])
