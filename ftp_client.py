@@ -757,11 +757,19 @@ class Put(Job):
         return 0, hashlib.sha256()
 
     def stream(self, file, offset, stop, digest):
-        """Send the file from offset to stop; hash it on the way if there is a digest."""
-        if digest is None and hasattr(os, "sendfile"):
-            self.stream_unread(file, offset, stop)
-        else:
-            self.stream_read(file, offset, stop, digest)
+        """Send the file from offset to stop; hash it on the way if there is a digest, else don't even read it."""
+        if digest or not hasattr(os, "sendfile"):
+            return self.stream_read(file, offset, stop, digest)
+        self.client.link.flush()
+        while offset < stop:
+            self.listen()
+            count = self.client.link.push(self.sendfile, file.fileno(), offset, min(SLICE, stop - offset))
+            if count is None:
+                return self.stream_read(file, offset, stop, None)
+            if not count:
+                raise Failed("the file shrank while it was sent: try again")
+            self.progress(count)
+            offset += count
 
     def stream_read(self, file, offset, stop, digest):
         view = memoryview(bytearray(CHUNK))
@@ -774,19 +782,6 @@ class Put(Job):
                 digest.update(view[:count])
             self.listen()
             self.client.link.send(view[:count])
-            self.progress(count)
-            offset += count
-
-    def stream_unread(self, file, offset, stop):
-        """Send the file from offset to stop by sendfile(2)."""
-        self.client.link.flush()
-        while offset < stop:
-            self.listen()
-            count = self.client.link.push(self.sendfile, file.fileno(), offset, min(SLICE, stop - offset))
-            if count is None:
-                return self.stream_read(file, offset, stop, None)
-            if not count:
-                raise Failed("the file shrank while it was sent: try again")
             self.progress(count)
             offset += count
 
