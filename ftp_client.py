@@ -1598,31 +1598,27 @@ def entries_of(client, name, recursive):
 
 def add_get(client, entry, options, out, jobs):
     """Add the jobs for an entry, and for all in it if it is a folder."""
+    name, top, replace = entry["name"], local_path(entry["name"], out), "-f" in options
     if entry["type"] == "file":
-        return add_job(jobs, Get, client, entry["name"], local_path(entry["name"], out), entry["size"], "-f" in options)
+        return add_job(jobs, Get, client, name, top, entry["size"], replace)
     if "-r" not in options:
         raise Failed("a folder: use get -r")
-    return add_folder(client, entry["name"], options, out, jobs)
+    for inner in client.ls(name, recursive=True):
+        path = os.path.join(top, *map(to_disk, inner["parts"]))
+        if inner["type"] == "dir":
+            try:
+                os.makedirs(path, exist_ok=True)
+            except (OSError, RecursionError) as error:
+                client.fail(name + "/" + inner["name"], reason(error))
+        else:
+            add_job(jobs, Get, client, name + "/" + inner["name"], path, inner["size"], replace)
+    os.makedirs(top, exist_ok=True)
 
 
 def local_path(name, out):
     """Where a remote file or folder is saved: by the last part of its name here or in the folder out, or as out."""
     part, = split_name(name.rsplit("/", 1)[-1])
     return os.path.join(out, to_disk(part)) if not out or os.path.isdir(out) else out
-
-
-def add_folder(client, name, options, out, jobs):
-    top = local_path(name, out)
-    for entry in client.ls(name, recursive=True):
-        path = os.path.join(top, *map(to_disk, entry["parts"]))
-        if entry["type"] == "dir":
-            try:
-                os.makedirs(path, exist_ok=True)
-            except (OSError, RecursionError) as error:
-                client.fail(name + "/" + entry["name"], reason(error))
-        else:
-            add_job(jobs, Get, client, name + "/" + entry["name"], path, entry["size"], "-f" in options)
-    os.makedirs(top, exist_ok=True)
 
 
 def do_ls(client, options, names):
