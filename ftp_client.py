@@ -1644,7 +1644,7 @@ def entries_in(client, name):
 
 def show_entries(entries):
     for entry in entries:
-        size = "folder" if entry["type"] == "dir" else "%d" % entry["size"]
+        size = "folder" if entry["type"] == "dir" else entry["size"]
         try:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["mtime"] or 0))
         except (OSError, OverflowError, ValueError):        # a time that this system can't tell
