@@ -60,7 +60,7 @@ PATH_LIMIT = 4096          # bytes of a whole name
 LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
 FIND_TIME = 1              # seconds to wait for servers to answer
 FIND_SIZE = 512            # bytes of a discovery request: answers are never longer
-READ, WRITE = 1, 2         # what to wait for
+READ, WRITE = 1, 2         # what to wait for: one of them, or both (READ | WRITE)
 BAR_TIME = 0.1             # seconds between two looks of the progress bar
 
 
@@ -300,16 +300,23 @@ class Link:
             raise
 
     def push(self, operation, *args):
-        """Do a sending operation when the socket takes some bytes; how many it took."""
-        self.wait(WRITE, self.timeout)
+        """Do a sending operation when the socket takes some bytes; how many it took.
+
+        What arrives meanwhile is read: the server may wait for that, or have hung up."""
+        while not self.wait(READ | WRITE if len(self.ahead) < JOIN else WRITE, self.timeout) & WRITE:
+            self.read_ahead()
         with self.waiting():
             return operation(*args)
 
-    def wait(self, event, seconds):
-        """Wait until the socket is ready. A peer that still takes what is on its way to it is slow but not silent."""
+    def wait(self, events, seconds):
+        """Wait until the socket is ready: for which of the events. A peer that still takes what is on its way to it is
+        slow but not silent."""
         left, now = unsent(self.sock), time.monotonic()
         limit = now + seconds
-        while not wait_for(self.sock, event, max(0, min(seconds / 8, limit - now, self.deadline - now))):
+        while True:
+            ready = wait_for(self.sock, events, max(0, min(seconds / 8, limit - now, self.deadline - now)))
+            if ready:
+                return ready
             left, before, now = unsent(self.sock), left, time.monotonic()
             if left < before:
                 limit = now + seconds
@@ -331,6 +338,10 @@ class Link:
             if not self.answered():     # what came before it broke counts
                 raise
         self.wait(READ, self.timeout if seconds is None else seconds)
+        self.read_ahead()
+
+    def read_ahead(self):
+        """Read what has arrived. Raises HungUp at the end of the stream."""
         with self.waiting():
             data = self.sock.recv(CHUNK)
         if not data:
@@ -388,16 +399,19 @@ class Link:
 
     def answered(self):
         """Tell whether the server has said something already, or has closed."""
-        return bool(self.ahead) or wait_for(self.sock, READ, 0)
+        return bool(self.ahead or wait_for(self.sock, READ, 0))
 
 
-def wait_for(sock, event, seconds):
-    """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
+def wait_for(sock, events, seconds):
+    """Wait until a socket is ready for READ or WRITE, whichever are in events; which it is, 0 after some seconds."""
     if not hasattr(select, "poll"):     # Windows
-        return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
+        readable, writable, broken = select.select([sock][:events & READ], [sock][:events & WRITE], [sock], seconds)
+        return events if broken else READ * len(readable) | WRITE * len(writable)
     poller = select.poll()
-    poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
-    return bool(poller.poll(seconds * 1000))
+    poller.register(sock, select.POLLIN * bool(events & READ) | select.POLLOUT * bool(events & WRITE))
+    for _, ready in poller.poll(seconds * 1000):        # an error is ready for both
+        return events & (READ * (ready != select.POLLOUT) | WRITE * (ready != select.POLLIN))
+    return 0
 
 
 def is_loopback(host):

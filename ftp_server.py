@@ -1554,13 +1554,16 @@ class Discovery:
 
 # ==== Backend: socketserver, a thread for each client =====================================================
 
-def wait_for(sock, event, seconds):
-    """Wait until a socket is ready for event, READ or WRITE; False after some seconds."""
+def wait_for(sock, events, seconds):
+    """Wait until a socket is ready for READ or WRITE, whichever are in events; which it is, 0 after some seconds."""
     if not hasattr(select, "poll"):     # Windows
-        return any(select.select([sock][:event == READ], [sock][:event == WRITE], [sock], seconds))
+        readable, writable, broken = select.select([sock][:events & READ], [sock][:events & WRITE], [sock], seconds)
+        return events if broken else READ * len(readable) | WRITE * len(writable)
     poller = select.poll()
-    poller.register(sock, select.POLLIN if event == READ else select.POLLOUT)
-    return bool(poller.poll(seconds * 1000))
+    poller.register(sock, select.POLLIN * bool(events & READ) | select.POLLOUT * bool(events & WRITE))
+    for _, ready in poller.poll(seconds * 1000):        # an error is ready for both
+        return events & (READ * (ready != select.POLLOUT) | WRITE * (ready != select.POLLIN))
+    return 0
 
 
 class Turns:

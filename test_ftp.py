@@ -4780,6 +4780,29 @@ def test_server_that_takes_little_at_a_time_is_not_given_up(work):
     assert done.code == 0 and b"".join(got) == data
 
 
+def test_server_that_reads_no_more_and_says_so_is_noticed_at_once(work):
+    fill(work, {"d/%02d" % number: content(200000, number) for number in range(60)})
+    ended = threading.Event()
+
+    def put(peer, header):
+        peer.send({"ok": True, "name": header["name"], "size": header["size"], "sha256": None, "duplicate": False})
+        peer.sock.shutdown(socket.SHUT_WR)  # and the connection stays: only the end of its stream tells
+        ended.wait(4 * PATIENCE)
+
+    def hello(peer, header):
+        if len(headers) > 1:  # once is enough
+            raise Hangup
+        peer.send(HELLO)
+
+    with fake_server(put=put, hello=hello) as (port, headers):
+        try:
+            done = client(port, "put", "-r", "d", "--no-verify", "--retries", "0", "--timeout", str(4 * PATIENCE), cwd=work)
+        finally:
+            ended.set()
+    assert done.code == 1 and done.out == "d/00: stored as d/00\n"
+    assert done.err.startswith("d/01: given up: the server closed the connection\n")
+
+
 @pytest.mark.parametrize("answer, patch, options, told", [
     (b"NO|1", "import ftp_client; ftp_client.HEADER_TIME = 0.3", [], "nonsense"),
     (b"NO|1", "import ftp_client; ftp_client.HEADER_TIME = 1e6", ["--timeout", "0.3"], "nonsense"),
