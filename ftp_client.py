@@ -46,6 +46,7 @@ RECEIVE = 1 << 20          # bytes taken off the socket at a time
 JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
+TINY = 1 << 14             # bytes up to which a file is sent again rather than asking after a break
 WINDOW = 256               # requests sent before the first is answered, at most
 NAMES = 8192               # characters of the names in them, about: answers repeat names, and both sides full is a deadlock
 HEADER_TIME = 10           # seconds from a header's first byte to its last
@@ -672,6 +673,9 @@ class Job:
     def __init__(self, client, name, size):
         self.client, self.name, self.size = client, name, size      # the name on the wire
 
+    def ask_first(self):
+        """Note that a part of it may be across already: what is sent is worth a question first."""
+
     def drop(self):
         """Let go of what is open."""
 
@@ -710,23 +714,33 @@ class Put(Job):
             self.client.step("put %s: the server gets name and size first, then the bytes" % self.name)
             before = os.fstat(file.fileno())
             self.resize(before.st_size)
-            if self.size > SMALL and not self.alone:
-                raise Failed("the file grew meanwhile: try again")
-            if self.size <= SMALL:
-                self.send_small(file, before)
+            if self.alone:
+                self.send_asking(file, before)
+            elif self.size <= SMALL:
+                self.send_at_once(file, before)
             else:
-                self.send_large(file, before)
+                raise Failed("the file grew meanwhile: try again")
 
-    def header(self, mtime, **more):
-        verify = {} if self.client.verify else {"verify": False}
-        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **dict(more, **verify))
+    def ask_first(self):
+        self.alone = self.size > TINY
 
-    def send_small(self, file, before):
+    def ident(self, before):
+        """The id by which the server knows it again after a break."""
+        words = socket.gethostname(), os.path.abspath(self.path), repr((before.st_size, before.st_mtime_ns))
+        return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def header(self, before, offset=0):
+        more = {} if self.client.verify else {"verify": False}
+        if self.alone or self.size > TINY:
+            more.update(id=self.ident(before), offset=offset)
+        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=before.st_mtime, **more)
+
+    def send_at_once(self, file, before):
         data = file.read(self.size + 1)
         if len(data) != self.size or changed(file, before):
             raise Failed("the file changed while it was read: try again")
         self.went_on_at(0)
-        self.header(before.st_mtime)
+        self.header(before)
         self.client.payload("->", len(data))
         self.client.link.send(data)
         self.last_line(hashlib.sha256(data))
@@ -736,12 +750,10 @@ class Put(Job):
         self.sha256 = digest.hexdigest() if digest and self.client.verify else None
         self.client.link.request(sha256=self.sha256)
 
-    def send_large(self, file, before):
-        ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(state(file))])
-                               .encode("utf-8", "surrogateescape")).hexdigest()
-        offset, digest = self.agree_on_offset(file, ident)
+    def send_asking(self, file, before):
+        offset, digest = self.agree_on_offset(file, self.ident(before))
         self.went_on_at(offset)
-        self.header(before.st_mtime, offset=offset, id=ident)
+        self.header(before, offset)
         self.client.payload("->", self.size - offset)
         try:
             try:
@@ -1023,7 +1035,7 @@ class FtpClient:
         self.port = (host, port)                # as in the original: the address
         self.options, self.verify = options, not options.no_verify
         self.classic, self.greeted = options.classic, False
-        self.link, self.tries = None, 0
+        self.link, self.tries, self.window = None, 0, WINDOW
         self.todo, self.under_way = collections.deque(), collections.deque()
         self.named = 0                          # characters of the names under way
         self.failed = []                        # what the command that runs could not do
@@ -1118,7 +1130,9 @@ class FtpClient:
 
     def run(self, jobs):
         """Do jobs, many of them under way at a time; go on after a failure. True where all of the command went well."""
-        self.todo, self.tries, self.folders = collections.deque(jobs), 0, set()
+        self.todo, self.tries, self.window, self.folders = collections.deque(jobs), 0, WINDOW, set()
+        if len(jobs) == 1:                      # nothing else waits while it asks
+            jobs[0].ask_first()
         wanted = len(jobs) + len(self.failed)
         start = time.monotonic()
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
@@ -1130,6 +1144,7 @@ class FtpClient:
                     self.turn()
                 except (Broken, Unreachable) as error:
                     self.ask_again()
+                    self.window = max(1, self.window // 4)  # what is sent in vain must not use up each connection
                     if not self.recover(error):
                         job = self.todo.popleft()
                         job.drop()
@@ -1175,7 +1190,7 @@ class FtpClient:
         if not (self.todo and self.under_way):
             return bool(self.todo)
         alone = self.todo[0].alone or self.under_way[-1].alone
-        return not alone and len(self.under_way) < WINDOW and self.named < NAMES
+        return not alone and len(self.under_way) < self.window and self.named < NAMES
 
     def ask_next(self):
         job = self.todo.popleft()
@@ -1242,6 +1257,8 @@ class FtpClient:
 
     def ask_again(self):
         """What was under way has to be asked for again, over a new connection."""
+        for job in self.under_way:
+            job.ask_first()
         self.todo.extendleft(reversed(self.under_way))
         self.under_way.clear()
         self.named = 0
