@@ -860,7 +860,7 @@ class Put(Job):
             link.sock.shutdown(socket.SHUT_WR)
             # The original drops what it hasn't read of one connection when the next one asks; some close when done.
             wait_for(link.sock, READ, 0.5 + work_time(self.size))
-        self.outcome = "sent (the classic dialect doesn't tell whether it was stored)"
+        self.outcome = "sent (the classic dialect has no last answer)"
 
 
 def remote_name(path):
@@ -1269,7 +1269,7 @@ class FtpClient:
         note("%s: %s" % (label, why))
 
     def tell(self, job):
-        self.tries = 0
+        self.tries, self.window = 0, min(WINDOW, self.window + 1)
         self.bar.finished += 1
         if not self.options.quiet:
             self.bar.clear()
