@@ -1515,6 +1515,8 @@ class Usage(Exception):
 
 def parse_command(words):
     """Split the words of a command into (function, {"-r": …}, names). Raises Usage."""
+    if words[0].startswith("!"):
+        return do_shell, {}, words
     if words[0] not in COMMANDS:
         raise Usage("no command %s; help lists them" % words[0])
     function, letters, least, most = COMMANDS[words[0]]
@@ -1710,8 +1712,13 @@ def do_help(client, options, names):
             raise Usage("no command %s; help lists them" % name)
         say(COMMANDS[name][0].__doc__)
     if not names:
-        say("!COMMAND                     run a command of this machine's shell")
+        say(do_shell.__doc__)
     return True
+
+
+def do_shell(client, options, words):
+    """!COMMAND                     run a command of this machine's shell"""
+    return os.system(" ".join(words)[1:]) == 0
 
 
 def do_leave(client, options, names):
@@ -1768,10 +1775,8 @@ def command_fanout(client):
         line = None
         try:
             line = input(">>>").strip()
-            if line.startswith("!"):
-                os.system(line[1:])
-            elif line:
-                run_command(client, split_words(line))
+            if line:
+                run_command(client, [line] if line.startswith("!") else split_words(line))
         except Usage as error:
             note(str(error))
         except ValueError:

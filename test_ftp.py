@@ -5014,6 +5014,11 @@ def test_word_that_ends_a_session_may_be_the_command(work):
     assert client(1, "exit", "now", cwd=work).code == 2
 
 
+def test_shell_command_may_be_the_command(work):
+    assert client(1, "!echo", "shelly", cwd=work) == (0, "shelly\n", "")
+    assert client(1, "!exit 3", cwd=work) == (1, "", "")
+
+
 @at_once_for({"exit()": "exit()\n", "exit": "exit\n", "quit": "quit\n", "bye": "bye\n", "Ctrl-D": ""})
 def test_words_that_end_the_session(typed, work, lone_shared):
     assert client(lone_shared, cwd=work, given=typed).code == 0
