@@ -3522,6 +3522,13 @@ def test_folder_that_is_none_is_one_clear_line(option, folder):
         assert code == 1 and line.count("\n") == 1 and what in line
 
 
+def test_what_can_not_be_written_at_the_start_is_one_clear_line(tmp_path):
+    fill(tmp_path, {"upload/.partial": b"a file, no folder"})
+    for more, what in ((["--log-file", str(tmp_path / "missing" / "log")], "missing"), ([], "upload")):
+        code, line = server_fails("127.0.0.1", "0", "--root", str(tmp_path), *more)
+        assert code == 1 and line.count("\n") == 1 and what in line
+
+
 @at_once_for({
     "mode": ["--mode", "forking"], "size": ["--max-size", "10Q"], "size -1": ["--max-size", "-1"],
     "port": ["127.0.0.1", "http"], "port 65536": ["127.0.0.1", "65536"], "port -1": ["127.0.0.1", "-1"],
@@ -4157,6 +4164,16 @@ def test_slow_disk_here_does_not_make_the_server_think_that_nobody_is_there(mode
         fill(os.path.join(server.download, "d"), {"%03d" % number: b"x" for number in range(900)})
         done = client(server, "get", "-r", "d", "--retries", "0", cwd=folder / "work", patch=patch)
         assert done.code == 0 and len(tree(folder / "work" / "d")) == 900
+
+
+def test_of_a_file_that_has_grown_only_the_rest_is_fetched(lone, work):
+    data = content(500000)
+    fill(work, {"x": data[:300000]})
+    lone.serves("x", data)
+    with Proxy(lone.port) as proxy:
+        done = client(proxy.port, "get", "x", cwd=work)
+    assert done.code == 0 and "x-2" in done.out and proxy.moved["down"] < 210000
+    assert tree(work, hidden=True) == {"x": data[:300000], "x-2": data}
 
 
 def test_file_here_that_changes_before_the_answer_is_not_mixed_with_it(work):
