@@ -1469,6 +1469,10 @@ def test_name_without_an_extension_and_the_longest_name_can_be_numbered(server, 
     os.unlink(os.path.join(server.upload, *stored.split("/")))
     again = peer.put(name, b"three")  # found behind the gap, so it is not stored twice
     assert again["duplicate"] and again["name"] == third
+    name = folder + "/a." + "e" * 253  # an extension that leaves no room for a number
+    assert peer.put(name, b"one")["name"] == name
+    stored = peer.put(name, b"two")["name"]
+    assert len(stored) == len(name) and server.stored(stored) == b"two"
 
 
 @in_all_modes_at_once
