@@ -1266,7 +1266,8 @@ class FtpClient:
     def fail(self, label, why):
         self.failed.append(label)
         self.bar.clear()
-        note("%s: %s" % (label, why))
+        text = str(why)                         # of this machine's errors many begin with the name
+        note(text if text.startswith(label + ": ") else "%s: %s" % (label, text))
 
     def tell(self, job):
         self.tries, self.window = 0, min(WINDOW, self.window + 1)

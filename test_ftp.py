@@ -3927,6 +3927,10 @@ def test_get_keeps_both_and_replaces_only_with_f(lone, work):
     assert tree(work, hidden=True) == {"x.txt": b"mine", "x-2.txt": b"theirs"}
     assert client(lone, "get", "-f", "x.txt", cwd=work).code == 0
     assert tree(work, hidden=True) == {"x.txt": b"theirs", "x-2.txt": b"theirs"}
+    lone.serves("folder", b"a file there")
+    (work / "folder").mkdir()
+    done = client(lone, "get", "-f", "folder", cwd=work)
+    assert done.code == 1 and done.err.count("folder") == 1 and os.listdir(str(work / "folder")) == []
 
 
 def test_put_tells_the_name_that_was_stored(lone, work):
