@@ -46,7 +46,7 @@ RECEIVE = 1 << 20          # bytes taken off the socket at a time
 JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
-TINY = 1 << 14             # bytes up to which a file is sent again rather than asking after a break
+TINY = 1 << 14             # bytes up to which it is sent so after a break too
 WINDOW = 256               # requests sent before the first is answered, at most
 NAMES = 8192               # characters of the names in them, about: answers repeat names, and both sides full is a deadlock
 HEADER_TIME = 10           # seconds from a header's first byte to its last
@@ -301,23 +301,24 @@ class Link:
             raise
 
     def push(self, operation, *args):
-        """Do a sending operation when the socket takes some bytes; how many it took.
-
-        What arrives meanwhile is read: the server may wait for that, or have hung up."""
-        while not self.wait(READ | WRITE if len(self.ahead) < JOIN else WRITE, self.timeout) & WRITE:
-            self.read_ahead()
+        """Do a sending operation when the socket takes some bytes; how many it took."""
+        self.wait(WRITE, self.timeout)
         with self.waiting():
             return operation(*args)
 
-    def wait(self, events, seconds):
-        """Wait until the socket is ready: for which of the events. A peer that still takes what is on its way to it is
-        slow but not silent."""
+    def wait(self, event, seconds):
+        """Wait until the socket is ready. A peer that still takes what is on its way to it is slow but not silent.
+
+        What arrives before it is ready to send is read: the server may wait for that, or have hung up."""
         left, now = unsent(self.sock), time.monotonic()
         limit = now + seconds
         while True:
+            events = event | READ if len(self.ahead) < JOIN else event
             ready = wait_for(self.sock, events, max(0, min(seconds / 8, limit - now, self.deadline - now)))
+            if ready & event:
+                return
             if ready:
-                return ready
+                self.read_ahead()
             left, before, now = unsent(self.sock), left, time.monotonic()
             if left < before:
                 limit = now + seconds
@@ -388,9 +389,10 @@ class Link:
 
     def read(self, limit):
         """Read at least one byte and at most limit; they are overwritten by the next read."""
+        if not self.ahead:
+            self.flush()
         if self.ahead:
             return self.take(limit)
-        self.flush()
         self.buffer = self.buffer or memoryview(bytearray(RECEIVE))
         with self.waiting():
             count = self.sock.recv_into(self.buffer[:limit])
@@ -674,7 +676,7 @@ class Job:
         self.client, self.name, self.size = client, name, size      # the name on the wire
 
     def ask_first(self):
-        """Note that a part of it may be across already: what is sent is worth a question first."""
+        """Note that the line is bad: what is there already is worth a question."""
 
     def drop(self):
         """Let go of what is open."""
@@ -731,7 +733,7 @@ class Put(Job):
 
     def header(self, before, offset=0):
         more = {} if self.client.verify else {"verify": False}
-        if self.alone or self.size > TINY:
+        if self.alone:
             more.update(id=self.ident(before), offset=offset)
         self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=before.st_mtime, **more)
 
@@ -1131,8 +1133,6 @@ class FtpClient:
     def run(self, jobs):
         """Do jobs, many of them under way at a time; go on after a failure. True where all of the command went well."""
         self.todo, self.tries, self.window, self.folders = collections.deque(jobs), 0, WINDOW, set()
-        if len(jobs) == 1:                      # nothing else waits while it asks
-            jobs[0].ask_first()
         wanted = len(jobs) + len(self.failed)
         start = time.monotonic()
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
@@ -1144,11 +1144,12 @@ class FtpClient:
                     self.turn()
                 except (Broken, Unreachable) as error:
                     self.ask_again()
-                    self.window = max(1, self.window // 4)  # what is sent in vain must not use up each connection
+                    self.window = 1             # what is sent in vain must not use up each connection
                     if not self.recover(error):
                         job = self.todo.popleft()
                         job.drop()
                         self.fail(job.name, "given up: %s" % error)
+                        self.tries = max(0, self.options.retries - 1)       # the next one has a try of its own
         except Unreachable as error:
             for job in self.todo:
                 self.fail(job.name, error)
@@ -1326,12 +1327,14 @@ class FtpClient:
         listing = bytearray()
         while len(listing) < left:
             listing += self.link.read(left - len(listing))
-        return listing.splitlines()
+        return [line for line in listing.split(b"\n") if line]
 
     def entry_of(self, line):
         """An entry of a listing; None for one that is left out."""
         name = "a line"
         try:
+            if len(line) > HEADER_LIMIT:
+                raise BadMessage("%d bytes" % len(line))
             entry = decode(line)
             name, _, entry["mtime"] = fields(entry, "name", "size", "mtime")
             entry["parts"] = split_name(name)
@@ -1364,7 +1367,7 @@ class FtpClient:
             if not wild:
                 raise
             if error.code not in ("not-found", "not-a-file"):       # a folder that is not for us hides no others
-                self.left_out.append("%s: %s" % (parent.rstrip("/"), error))
+                self.fail(parent.rstrip("/"), error)
             return []
         exact = [entry for entry in entries if entry["name"] == pattern]
         return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)
@@ -1660,10 +1663,9 @@ def do_ls(client, options, names):
     name = typed(names[0]) if names else ""
     try:
         show_entries(entries_in(client, name))
-        return True
     except (Refusal, re.error) as error:
         client.fail(name or ".", reason(error))
-        return False
+    return not client.failed
 
 
 def entries_in(client, name):
@@ -1719,7 +1721,10 @@ def do_help(client, options, names):
 
 def do_shell(client, options, words):
     """!COMMAND                     run a command of this machine's shell"""
-    return os.system(" ".join(words)[1:]) == 0
+    status = os.system(" ".join(words)[1:])
+    if status in (2, 130 << 8):     # Ctrl-C ended the shell, or what it ran
+        raise KeyboardInterrupt
+    return status == 0
 
 
 def do_leave(client, options, names):
