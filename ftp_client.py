@@ -726,23 +726,16 @@ class Put(Job):
     def ask_first(self):
         self.alone = self.size > TINY
 
-    def ident(self, before):
-        """The id by which the server knows it again after a break."""
-        words = socket.gethostname(), os.path.abspath(self.path), repr((before.st_size, before.st_mtime_ns))
-        return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
-
-    def header(self, before, offset=0):
-        more = {} if self.client.verify else {"verify": False}
-        if self.alone:
-            more.update(id=self.ident(before), offset=offset)
-        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=before.st_mtime, **more)
+    def header(self, mtime, **more):
+        verify = {} if self.client.verify else {"verify": False}
+        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **dict(more, **verify))
 
     def send_at_once(self, file, before):
         data = file.read(self.size + 1)
         if len(data) != self.size or changed(file, before):
             raise Failed("the file changed while it was read: try again")
         self.went_on_at(0)
-        self.header(before)
+        self.header(before.st_mtime)
         self.client.payload("->", len(data))
         self.client.link.send(data)
         self.last_line(hashlib.sha256(data))
@@ -753,9 +746,11 @@ class Put(Job):
         self.client.link.request(sha256=self.sha256)
 
     def send_asking(self, file, before):
-        offset, digest = self.agree_on_offset(file, self.ident(before))
+        ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(state(file))])
+                               .encode("utf-8", "surrogateescape")).hexdigest()
+        offset, digest = self.agree_on_offset(file, ident)
         self.went_on_at(offset)
-        self.header(before, offset)
+        self.header(before.st_mtime, offset=offset, id=ident)
         self.client.payload("->", self.size - offset)
         try:
             try:
@@ -1722,7 +1717,7 @@ def do_help(client, options, names):
 def do_shell(client, options, words):
     """!COMMAND                     run a command of this machine's shell"""
     status = os.system(" ".join(words)[1:])
-    if status in (2, 130 << 8):     # Ctrl-C ended the shell, or what it ran
+    if os.name != "nt" and status in (2, 130 << 8):     # Ctrl-C ended the shell, or what it ran
         raise KeyboardInterrupt
     return status == 0
 
