@@ -2079,7 +2079,6 @@ class Explainer:
 
     def __init__(self, kind):
         self.kind = kind            # class of the server that is explained
-        self.links = set()          # threads that run a link loop
         self.callbacks = set()      # code of the functions registered with a selector
         self.recent = collections.deque(maxlen=6)
         self.seen = set()           # what is shown once: (class, method)
@@ -2107,16 +2106,20 @@ class Explainer:
             self.show_step("callback", target, frame, type(target).__name__)
 
     def socketserver_call(self, target, frame):
-        name, kinds, thread = frame.f_code.co_name, type(target).__mro__, threading.get_ident()
+        name, kinds = frame.f_code.co_name, type(target).__mro__
         if not any(name in vars(kind) for kind in kinds if kind.__module__ == "socketserver"):
             return                  # a method that socketserver knows nothing of
-        if name in ("__init__", "serve_forever") and isinstance(target, socketserver.BaseServer):
-            self.links.add(thread)
         if (kinds[0], name) not in self.seen:
-            loop = "link loop" if thread in self.links else "communication loop"
-            self.show_step(loop, target, frame, kinds[0].__name__)
+            self.show_step("communication loop" if self.talks(frame) else "link loop", target, frame, kinds[0].__name__)
         if name in ("service_actions", "fileno"):
             self.seen.add((kinds[0], name))
+
+    @staticmethod
+    def talks(frame):
+        """Tell whether a call is part of the communication loop: as in the article, that is all from finish_request() in."""
+        while frame and frame.f_code.co_name != "finish_request":
+            frame = frame.f_back
+        return frame is not None
 
     def selector_call(self, target, frame, event, result):
         name = frame.f_code.co_name

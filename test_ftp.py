@@ -3224,10 +3224,11 @@ SETUP = [("link loop", kind, method) for kind, method in (
     ("TCPServer", "server_bind"), ("TCPServer", "server_activate"), ("Stoppable", "serve_forever"), ("BaseServer", "serve_forever"))]
 LINK = [("link loop", kind, method) for kind, method in (
     ("BaseServer", "_handle_request_noblock"), ("ThreadFtpServer", "get_request"), ("ThreadFtpServer|Stoppable", "process_request"),
-    ("ThreadingMixIn", "process_request"))]
+    ("ThreadingMixIn", "process_request"), ("ThreadingMixIn", "process_request_thread"))]
 COMMUNICATION = [("communication loop", kind, method) for kind, method in (
-    ("ThreadingMixIn", "process_request_thread"), ("BaseServer", "finish_request"), ("BaseRequestHandler", "__init__"),
-    ("BaseRequestHandler", "setup"), ("FtpHandler", "handle"), ("BaseRequestHandler", "finish"), ("TCPServer", "shutdown_request"))]
+    ("BaseServer", "finish_request"), ("BaseRequestHandler", "__init__"), ("BaseRequestHandler", "setup"), ("FtpHandler", "handle"),
+    ("BaseRequestHandler", "finish"))]
+CLOSING = ("link loop", "TCPServer", "shutdown_request")
 
 
 def explaining(mode, folder, *options, **how):
@@ -3251,7 +3252,7 @@ def test_explain_shows_both_loops_in_their_order(tmp_path):
         steps = explained(server)
     shows(steps, *SETUP)
     shows(steps, *LINK)
-    shows(steps, *COMMUNICATION)
+    shows(steps, *(COMMUNICATION + [CLOSING]))
     handler, = [rest for _, kind, method, rest in steps if (kind, method) == ("FtpHandler", "handle")]
     assert "socket" in handler and "raddr" in handler
 
@@ -3290,8 +3291,8 @@ def test_explain_shows_the_pair_that_a_request_is_over_udp(tmp_path):
         steps = explained(server)
     shows(steps, ("link loop", "DiscoveryServer", "__init__"), ("link loop", "UDPServer", "server_activate"),
           ("link loop", "UDPServer", "get_request"), ("link loop", "ThreadingMixIn", "process_request"),
-          ("communication loop", "ThreadingMixIn", "process_request_thread"), ("communication loop", "BaseServer", "finish_request"),
-          ("communication loop", "DiscoveryHandler", "handle"), ("communication loop", "UDPServer", "shutdown_request"))
+          ("link loop", "ThreadingMixIn", "process_request_thread"), ("communication loop", "BaseServer", "finish_request"),
+          ("communication loop", "DiscoveryHandler", "handle"), ("link loop", "UDPServer", "shutdown_request"))
     pair = next(rest for _, kind, _, rest in steps if kind == "DiscoveryHandler")
     assert re.search(r"\(b'\{\"cmd\": \"discover\"\}.*', <socket\.socket .*laddr=\('127\.0\.0\.1', %d\)" % server.port, pair), pair
 
