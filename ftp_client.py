@@ -567,19 +567,20 @@ class Target:
             except FileNotFoundError:
                 if made:                        # a folder like those of /proc takes no files
                     raise
-                os.makedirs(self.folder, exist_ok=True)
+                os.makedirs(self.folder or ".", exist_ok=True)
                 made = True
                 continue
             file = io.FileIO(fd, "rb+")
             try:
                 info = self.lock(fd)
-                if info.st_nlink == 1:
+                named = self.has_name(info)
+                if named and info.st_nlink == 1:
                     self.file = file
                     return info.st_size
-                if info.st_nlink > 1:       # published, and killed before this name was taken away
+                if named:                   # published, and killed before this name was taken away
                     os.unlink(self.partial)
             finally:
-                if not self.file:           # 0 links: removed by who had the lock
+                if not self.file:
                     file.close()
         return os.fstat(self.file.fileno()).st_size
 
@@ -595,6 +596,13 @@ class Target:
         if not stat.S_ISREG(info.st_mode):
             raise Failed("%s is in the way" % self.partial)
         return info
+
+    def has_name(self, info):
+        """Tell whether the partial's name is still that of an open file: who had the lock may have removed or published it."""
+        try:
+            return os.name == "nt" or os.path.samestat(os.lstat(self.partial), info)    # Windows keeps an open file's name
+        except FileNotFoundError:
+            return False
 
     def close(self):
         """Let go of the partial; an empty one is removed."""

@@ -452,6 +452,7 @@ class Upload:
             try:
                 lock(fd)
                 info = os.fstat(fd)
+                named = not self.ident or self.has_name(info)
             except BaseException as error:
                 os.close(fd)
                 if not self.ident:
@@ -459,11 +460,18 @@ class Upload:
                 elif isinstance(error, (BlockingIOError, PermissionError)):
                     raise Refusal("busy", "another server is storing this file") from None
                 raise
-            if info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
+            if named and info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
                 return fd, info.st_size
             os.close(fd)
-            if info.st_nlink:       # 0 links: removed by the session that had the lock. 2: published by a server that was
-                self.folder.unlink(self.partial)    # killed before discard(): writing here would change the stored file
+            if named:               # 2 links: published by a server that was killed before discard(): writing here would
+                self.folder.unlink(self.partial)    # change the stored file
+
+    def has_name(self, info):
+        """Tell whether the partial's name is still that of an open file: who had the lock may have removed or published it."""
+        try:
+            return os.name == "nt" or os.path.samestat(self.folder.stat(self.partial), info)    # Windows keeps an open file's name
+        except FileNotFoundError:
+            return False
 
     def __enter__(self):
         return self
@@ -576,7 +584,7 @@ class Upload:
         """Move the partial to its final name; False where that is taken."""
         source, target = self.folder.at(self.partial), self.target.at(name)
         where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": self.target.fd}
-        if os.name != "nt" and not os.path.samestat(self.folder.stat(self.partial), os.fstat(self.file.fileno())):
+        if not self.has_name(os.fstat(self.file.fileno())):
             raise Refusal("server-error", "the partial file was tampered with")
         if self.storage.overwrite:
             self.check_replaceable()

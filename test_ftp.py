@@ -1743,6 +1743,25 @@ def test_file_published_at_the_instant_of_a_kill_is_never_written_to_again(mode,
         assert server.stored("x") == old
 
 
+@posix
+def test_partial_published_by_another_server_before_the_lock_is_never_written_to_again(tmp_path, monkeypatch):
+    storage, lock, identity = ftp_server.Storage(str(tmp_path), str(tmp_path)), ftp_server.lock, upload_id()
+
+    def late(fd):
+        monkeypatch.setattr(ftp_server, "lock", lock)
+        os.rename(str(tmp_path / ".partial" / identity), str(tmp_path / "x"))
+        lock(fd)
+
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / identity).write_bytes(b"whole")
+    monkeypatch.setattr(ftp_server, "lock", late)
+    assert list(storage.claims.take(identity, None)) == []
+    with ftp_server.Upload(storage, ["x"], 5, identity) as upload:
+        assert upload.length == 0
+        upload.write(b"other")
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
 @in_all_modes_at_once
 def test_kill_loses_nothing_that_came_a_moment_ago(mode, folder, verify):
@@ -4507,6 +4526,28 @@ def test_file_saved_at_the_instant_of_a_kill_is_never_written_to_again(lone, wor
     lone.serves("x", b"new")
     assert client(lone, "get", "x", cwd=work).code == 0
     assert tree(work, hidden=True) == {"x": b"old", "x-2": b"new"}
+
+
+@posix
+@pytest.mark.parametrize("there", [False, True], ids=["new", "existing"])
+def test_partial_saved_by_another_client_before_the_lock_is_never_written_to_again(tmp_path, monkeypatch, there):
+    target, flock = ftp_client.Target(str(tmp_path / "x")), fcntl.flock
+    if there:
+        fill(tmp_path, {partial_name("x"): b"who"})
+
+    def late(fd, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        other = ftp_client.Target(target.path)
+        other.open()
+        other.file.write(b"whole")
+        other.publish(None, False)
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert target.open() == 0
+    target.file.write(b"other")
+    assert target.publish(None, False) == (str(tmp_path / "x-2"), False)
+    assert tree(tmp_path, hidden=True) == {"x": b"whole", "x-2": b"other"}
 
 
 @posix
