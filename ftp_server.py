@@ -71,7 +71,7 @@ TURN = 1 << 22             # bytes sent to all clients in about a turn, if they 
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
-LISTED = 100               # files and folders listed between two such chances
+LISTED = 100               # files listed, and folders opened, between two such chances
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WRITE_TIME = 0.05          # seconds without a further byte after which what came is written to the partial file
@@ -84,7 +84,9 @@ DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
-AT_ONCE = {BLOCKS: 256, COMPUTES: max(2, os.cpu_count() or 1)}  # sessions that may do such work at the same time
+LISTS = "lists"            # the same for the rest of a long listing, which has its own line: it need not wait for hashes
+FEW = max(2, os.cpu_count() or 1)
+AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW}      # sessions that may do such work at the same time
 STUCK = 0.5                # seconds after which a session still at work isn't counted among them: perhaps its disk hangs
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
@@ -657,27 +659,40 @@ class Storage:
             while len(self.digests) > DIGESTS:
                 self.digests.popitem(last=False)
 
+    @staticmethod
+    def may_miss(error):
+        """Tell whether the rest of a listing is right without what an OSError is about: removed meanwhile, or not for us.
+
+        Else, as without descriptors or with a read error, nobody knows what would be missing."""
+        return refusal_of(error).code in ("not-found", "not-a-file", "denied")
+
     def list(self, path, recursive):
         """Generator: what the download folder holds under path; the value is the lines of the listing."""
-        lines, todo, seen = [], [split_name(path) if path else []], itertools.count(1)
+        lines, todo, steps = [], [split_name(path) if path else []], 0
         depth = len(todo[0])
         while todo:
             parts = todo.pop()
             inside = []
+            steps += len(parts) + 1
+            if steps >= LISTED:
+                steps = 0
+                yield LISTS
             try:
                 folder = descend(Folder(self.download), parts)
-            except OSError:
-                if len(parts) == depth:
+            except OSError as error:
+                if len(parts) == depth or not self.may_miss(error):
                     raise
-                continue                                # removed meanwhile, or not for us: the rest is
+                continue
             with folder:
                 for name in folder.names():
-                    if next(seen) % LISTED == 0:
-                        yield COMPUTES
+                    steps += 1
+                    if steps >= LISTED:
+                        steps = 0
+                        yield LISTS
                     try:
                         info = folder.stat(name)
-                    except OSError as error:            # a file that was removed meanwhile or is not for us
-                        if len(parts) == depth and not isinstance(error, FileNotFoundError):
+                    except OSError as error:
+                        if not isinstance(error, FileNotFoundError) and (len(parts) == depth or not self.may_miss(error)):
                             raise
                         continue
                     is_folder = stat.S_ISDIR(info.st_mode)
@@ -845,10 +860,10 @@ def ready(sock, event, timeout, kind):
 
 @types.coroutine
 def announce(kind):
-    """Say what kind of work comes next, BLOCKS or COMPUTES: it may keep its thread until the next ready().
+    """Say what kind of work comes next, one of those AT_ONCE: it may keep its thread until the next ready().
 
-    The event loop hands the session to a worker thread meanwhile. A thread of its own just goes on, for COMPUTES
-    when it is its turn."""
+    The event loop hands the session to a worker thread meanwhile. A thread of its own just goes on, for all but
+    BLOCKS when it is its turn."""
     yield kind
 
 
@@ -1630,8 +1645,8 @@ class FtpHandler(socketserver.BaseRequestHandler):
             while wait not in AT_ONCE or not service.stopping:
                 if wait == BLOCKS:                          # as a thread may
                     wait = steps.send(None)
-                elif wait == COMPUTES:
-                    wait = self.in_turn(steps)
+                elif wait in AT_ONCE:
+                    wait = self.in_turn(steps, self.server.turns[wait])
                 elif wait_for(*wait[:3]):
                     wait = wait[3] or steps.send(None)
                 else:
@@ -1644,9 +1659,9 @@ class FtpHandler(socketserver.BaseRequestHandler):
             finally:
                 service.farewell(session)
 
-    def in_turn(self, steps):
+    def in_turn(self, steps, turns):
         """Let the session go on to its next wait when it is its turn."""
-        turns, gate = self.server.computing, threading.Lock()
+        gate = threading.Lock()
         gate.acquire()
         if not turns.take(gate):
             gate.acquire()              # waits for the thread whose turn ends
@@ -1696,7 +1711,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def __init__(self, service, family, address):
         self.service, self.address_family, self.discovery = service, family, None
-        self.computing = Turns(AT_ONCE[COMPUTES])
+        self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
         threading.stack_size(256 << 10)                     # bytes for each thread, instead of the system's 8 MiB or so
         super().__init__(address, FtpHandler)
 
@@ -1706,8 +1721,9 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def service_actions(self):
         super().service_actions()
-        for gate in self.computing.relieve():
-            gate.release()
+        for turns in self.turns.values():
+            for gate in turns.relieve():
+                gate.release()
 
     def get_request(self):
         taken = self.service.accept(self.socket)
@@ -1926,7 +1942,7 @@ class SelectFtpServer:
         elif wait == BLOCKS:
             task.away = wait
             self.batch.append(task)
-        elif wait == COMPUTES:
+        elif wait in AT_ONCE:
             self.hand_over(task, wait)
         else:
             sock, event, timeout, task.kind = wait
@@ -2005,7 +2021,7 @@ class SelectFtpServer:
     def goes_on(self, kind, wait):
         """Tell whether a worker may go on at once: there is more of the same to do, or a stream that never pauses and
         is the only one, or one of the few that may compute."""
-        few = kind == COMPUTES or len(self.turns[kind].begun) == 1
+        few = kind != BLOCKS or len(self.turns[kind].begun) == 1
         return wait == kind or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
     def answer_bell(self, sock, mask):

@@ -1230,7 +1230,48 @@ def test_long_listing_lets_others_go_first_and_a_short_one_waits_for_nobody(tmp_
     fill(tmp_path, dict({"short/%d" % number: b"" for number in range(50)}, **{"%d" % number: b"" for number in range(500)}))
     storage = ftp_server.Storage(str(tmp_path), str(tmp_path))
     assert list(storage.list("short", True)) == []
-    assert list(storage.list("", True)) == [ftp_server.COMPUTES] * 5
+    assert list(storage.list("", True)) == [ftp_server.LISTS] * 5
+
+
+@posix
+@cases("error, whole", {"gone": (errno.ENOENT, True), "not for us": (errno.EACCES, True), "a link now": (errno.ENOTDIR, True),
+                        "no descriptors": (errno.EMFILE, False), "read error": (errno.EIO, False)})
+@pytest.mark.parametrize("operation", ["inner", "stat"])
+def test_listing_lacks_nothing_but_what_is_gone_or_not_for_us(tmp_path, monkeypatch, operation, error, whole):
+    fill(tmp_path, {"a": b"", "sub/b": b"", "sub/deep/c": b"", "z": b""})
+    real = getattr(ftp_server.Folder, operation)
+
+    def failing(folder, part, *args):
+        if part in ("deep", "b"):
+            raise OSError(error, os.strerror(error))
+        return real(folder, part, *args)
+
+    monkeypatch.setattr(ftp_server.Folder, operation, failing)
+    listing = ftp_server.Storage(str(tmp_path), str(tmp_path)).list("", True)
+    if whole:
+        with pytest.raises(StopIteration) as end:
+            next(listing)
+        names = [json.loads(line)["name"] for line in end.value.value.decode("ascii").splitlines()]
+        assert names == ["a", "sub", "z"] + (["sub/b", "sub/deep"] if operation == "inner" else [])
+    else:
+        with pytest.raises(OSError):
+            next(listing)
+
+
+@in_all_modes_at_once
+def test_listing_needs_no_turn_among_those_that_compute(mode, folder):
+    """As many as may compute stand still and count for ever; a long listing has its turn all the same."""
+    faults, many = Faults(folder), ftp_server.AT_ONCE[ftp_server.COMPUTES]
+    with serve(mode, folder, faults=faults, patch="import ftp_server; ftp_server.STUCK = 1e6") as server, contextlib.ExitStack() as stack:
+        server.serves("x", content(600000))
+        fill(server.download, {"long/%d" % number: b"" for number in range(3 * ftp_server.LISTED)})
+        faults.arm("hold", ["read"], last=many)
+        for _ in range(many):
+            stack.enter_context(server.peer()).send({"cmd": "get", "name": "x"})
+        wait_for(lambda: faults.struck(many))
+        with server.peer() as peer:
+            assert len(peer.ls("long")) == 3 * ftp_server.LISTED
+        faults.disarm()
 
 
 @posix
