@@ -155,25 +155,31 @@ def numbered(name, number):
     return stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
 
 
+def numbered_start(name):
+    """What all names begin with that numbered() makes of name."""
+    return os.path.commonprefix([numbered(name, 2), numbered(name, 10 ** 9 - 1)])
+
+
 def is_numbered(name, original):
     """Tell whether a name is one that numbered() makes of original."""
-    match = re.search(r"-([0-9]{1,9})(\.[^.]*)?$", name)
-    return match is not None and int(match.group(1)) > 1 and name == numbered(original, int(match.group(1)))
+    numbers = map(int, re.findall(r"-([0-9]{1,9})(?=(?:\.[^.]*)?$)", name))
+    return any(number > 1 and name == numbered(original, number) for number in numbers)
 
 
 # ==== Messages: one JSON object a line (no I/O) ==========================================================
 
 HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
+DIGITS_LIMIT = 1000
 NESTING_LIMIT = 100
-NESTING = re.compile(rb"[\[{]")
+NESTING = re.compile(rb"[][{}]")
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
 
 def parse_int(digits):
-    """int() for a few digits only: its time grows with their square."""
-    if len(digits) > 20:
+    """int() for not too many digits: its time grows with their square."""
+    if len(digits) > DIGITS_LIMIT:
         raise BadMessage("a number of %d digits" % len(digits))
     return int(digits)
 
@@ -201,7 +207,8 @@ def encode(message):
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
     if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
-        if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
+        steps = (1 if mark in b"[{" else -1 for mark in NESTING.findall(STRING.sub(b"", line)))
+        if max(itertools.accumulate(steps), default=0) > NESTING_LIMIT:
             raise BadMessage("nested too deeply")
     try:
         text = line.decode("utf-8").strip(" \t\r\n")
@@ -645,8 +652,9 @@ class Target:
         """Yield the path, then the numbered ones, those first that are taken: there may be gaps between them."""
         yield self.path
         name = from_disk(os.path.basename(self.path))
-        taken = {found for found in os.listdir(self.folder or ".")
-                 if is_numbered(os.fsencode(found).decode("utf-8", "replace"), name)}
+        start = to_disk(numbered_start(name))       # first: a folder may hold thousands of names
+        taken = {found for found in os.listdir(self.folder or ".") if found.startswith(start)
+                 and is_numbered(os.fsencode(found).decode("utf-8", "replace"), name)}
         for found in sorted(taken):
             yield os.path.join(self.folder, found)
         for number in itertools.count(2):

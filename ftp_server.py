@@ -202,10 +202,15 @@ def numbered(name, number):
     return stem.encode("utf-8")[:NAME_LIMIT - len(end.encode("utf-8"))].decode("utf-8", "ignore") + end
 
 
+def numbered_start(name):
+    """What all names begin with that numbered() makes of name."""
+    return os.path.commonprefix([numbered(name, 2), numbered(name, 10 ** 9 - 1)])
+
+
 def is_numbered(name, original):
     """Tell whether a name is one that numbered() makes of original."""
-    match = re.search(r"-([0-9]{1,9})(\.[^.]*)?$", name)
-    return match is not None and int(match.group(1)) > 1 and name == numbered(original, int(match.group(1)))
+    numbers = map(int, re.findall(r"-([0-9]{1,9})(?=(?:\.[^.]*)?$)", name))
+    return any(number > 1 and name == numbered(original, number) for number in numbers)
 
 
 class Folder:
@@ -248,11 +253,12 @@ class Folder:
     def unlink(self, part):
         os.unlink(self.at(part), dir_fd=self.fd)
 
-    def names(self):
-        """What the folder holds, but for names that no client could ask for."""
+    def names(self, start=""):
+        """What the folder holds that begins with start, but for names that no client could ask for."""
         for name in sorted(os.listdir(self.path if self.fd is None else self.fd)):
             with contextlib.suppress(ValueError, Refusal):
-                yield split_name(from_disk(name))[0]
+                if name.startswith(to_disk(start)):
+                    yield split_name(from_disk(name))[0]
 
     def inner(self, part, make=False, sync=False):
         """Open a folder in this one; never through a link. make: create it if there is none."""
@@ -576,7 +582,7 @@ class Upload:
         """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
         name = self.parts[-1]
         yield name
-        taken = {found for found in self.target.names() if is_numbered(found, name)}    # there may be gaps between them
+        taken = {found for found in self.target.names(numbered_start(name)) if is_numbered(found, name)}    # with gaps, perhaps
         yield from sorted(taken)
         for number in itertools.count(2):
             if numbered(name, number) not in taken:
@@ -738,15 +744,16 @@ class Storage:
 
 HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
+DIGITS_LIMIT = 1000
 NESTING_LIMIT = 100
-NESTING = re.compile(rb"[\[{]")
+NESTING = re.compile(rb"[][{}]")
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
 
 def parse_int(digits):
-    """int() for a few digits only: its time grows with their square."""
-    if len(digits) > 20:
+    """int() for not too many digits: its time grows with their square."""
+    if len(digits) > DIGITS_LIMIT:
         raise BadMessage("a number of %d digits" % len(digits))
     return int(digits)
 
@@ -774,7 +781,8 @@ def encode(message):
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
     if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
-        if len(NESTING.findall(STRING.sub(b"", line))) > NESTING_LIMIT:
+        steps = (1 if mark in b"[{" else -1 for mark in NESTING.findall(STRING.sub(b"", line)))
+        if max(itertools.accumulate(steps), default=0) > NESTING_LIMIT:
             raise BadMessage("nested too deeply")
     try:
         text = line.decode("utf-8").strip(" \t\r\n")

@@ -953,8 +953,8 @@ def test_both_scripts_hold_the_same_message_format():
         assert ours[name] == theirs[name], "%s differs" % name
 
 
-@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered is_numbered wait_for is_loopback tune unsent printable "
-                         "say seconds port nanoseconds".split())
+@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered numbered_start is_numbered wait_for is_loopback tune "
+                         "unsent printable seconds port nanoseconds".split())
 def test_both_scripts_hold_the_same_helpers(name):
     assert inspect.getsource(getattr(ftp_server, name)) == inspect.getsource(getattr(ftp_client, name))
 
@@ -1051,6 +1051,16 @@ def test_two_hundred_small_uploads_pipelined(server, peer):
 def test_header_that_is_none_is_refused_and_the_connection_closed(peer, header):
     assert peer.ask(header)["code"] == "bad-request"
     assert peer.closed()
+
+
+@cases("header", {
+    "many lists": b'{"cmd":"hello","x":[' + b"[]," * 150 + b"[]]}\n",
+    "brackets in a string": b'{"cmd":"hello","x":"' + b"[" * 500 + b'"}\n',
+    "100 levels": b'{"cmd":"hello","x":' + b"[" * 99 + b"]" * 99 + b"}\n",
+    "25 digits": b'{"cmd":"hello","x":' + b"9" * 25 + b"}\n",
+})
+def test_key_that_nobody_knows_is_ignored_whatever_its_value(peer, header):
+    assert peer.ask(header)["ok"]
 
 
 @cases("header", {
@@ -1510,6 +1520,10 @@ def test_name_without_an_extension_and_the_longest_name_can_be_numbered(server, 
     os.unlink(os.path.join(server.upload, *stored.split("/")))
     again = peer.put(name, b"three")  # found behind the gap, so it is not stored twice
     assert again["duplicate"] and again["name"] == third
+    name = folder + "/a-5." + "x" * 150  # the number stands behind such an extension
+    assert [peer.put(name, data)["name"] for data in (b"one", b"two", b"three")] == [name, name + "-2", name + "-3"]
+    os.unlink(os.path.join(server.upload, *(name + "-2").split("/")))
+    assert peer.put(name, b"three")["name"] == name + "-3"
     name = folder + "/a." + "e" * 253  # an extension that leaves no room for a number
     assert peer.put(name, b"one")["name"] == name
     stored = peer.put(name, b"two")["name"]
