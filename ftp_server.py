@@ -322,7 +322,8 @@ class Download:
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
         self.result = "ok"          # of the transfer, for the log
-        self.settled = abs(time.time() - max(self.mtime, self.stat.st_ctime)) > SETTLED     # its stamps can be trusted
+        now = time.time()
+        self.settled = min(abs(now - self.mtime), abs(now - self.stat.st_ctime)) > SETTLED  # its stamps can be trusted
 
     def __enter__(self):
         return self
@@ -734,7 +735,9 @@ class Storage:
             for name in folder.names():
                 with contextlib.suppress(OSError):      # gone meanwhile, or locked: under way
                     info = folder.stat(name)
-                    if time.time() - max(info.st_atime, info.st_mtime) > PARTIAL_LIFE:
+                    now = time.time()                   # a stamp ahead of that is none of ours, but the sender's mtime
+                    touched = max((stamp for stamp in (info.st_atime, info.st_mtime) if stamp <= now), default=now)
+                    if now - touched > PARTIAL_LIFE:
                         with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
                             lock(file.fileno())
                             folder.unlink(name)

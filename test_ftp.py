@@ -1202,6 +1202,14 @@ def test_hash_that_is_remembered_is_that_of_the_file_as_it_is(mode, folder):
             assert peer.get("x", offset=len(data), sha256=sha(b""))[0]["offset"] == 0
 
 
+def test_hash_of_a_file_that_was_written_just_now_is_not_kept_though_it_is_dated_ahead(tmp_path):
+    path = fill(tmp_path, {"x": b"new"})
+    for mtime in (1, 99999999999):
+        os.utime(path, (1, mtime))
+        with ftp_server.Download(os.open(path, os.O_RDONLY)) as download:
+            assert not download.settled
+
+
 @cases("last, codes", {
     "no hash": (b'{"sha256":null}\n', None), "nothing": (b"{}\n", None),
     "another hash": ({"sha256": sha(b"another")}, ["mismatch"]),
@@ -1630,8 +1638,10 @@ def test_partial_older_than_a_day_is_removed(mode, folder):
     young, data = upload_id(), content(1000)
     with serve(mode, folder) as server:
         server.cut_upload("x", data, 600, id=upload_id())
-        for name in server.partials():
-            os.utime(os.path.join(server.upload, ".partial", name), (time.time() - 90000,) * 2)
+        server.cut_upload("y", data, 600, id=upload_id())
+        old, future = time.time() - 90000, time.time() + 90000
+        for name, mtime in zip(server.partials(), [old, future]):       # the latter as a put may ask for
+            os.utime(os.path.join(server.upload, ".partial", name), (old, mtime))
         server.cut_upload("x", data, 700, id=young)
         os.utime(os.path.join(server.upload, ".partial", young), (time.time() - 80000, 0))
     with serve(mode, folder) as server, server.peer() as peer:
