@@ -1229,18 +1229,19 @@ class FtpClient:
         self.link.flush()
         while len(self.link.ahead) < 64:
             match = re.fullmatch(pattern, bytes(self.link.ahead))
-            if match and not wait_for(self.link.sock, READ, QUIET_TIME):
+            try:
+                if not match or wait_for(self.link.sock, READ, QUIET_TIME):
+                    self.link.fill(min(HEADER_TIME, self.options.timeout) if self.link.ahead else None)
+                    continue
+            except Broken as error:
+                if isinstance(error, HungUp) and not self.link.ahead:
+                    raise Refusal("refused", "the server hung up: that is a no, or it is no ftp_server.py") from None
+                if not self.link.ahead:
+                    raise
+            if match:
                 self.show("<-", match.group().decode("ascii"))
                 self.link.ahead.clear()
-                return match
-            try:
-                self.link.fill(min(HEADER_TIME, self.options.timeout) if self.link.ahead else None)
-            except Broken as error:
-                if self.link.ahead:
-                    break
-                if isinstance(error, HungUp):
-                    raise Refusal("refused", "the server hung up: that is a no, or it is no ftp_server.py") from None
-                raise
+            return match
         return None
 
     def do_classic(self, job):
@@ -1555,7 +1556,7 @@ def do_put(client, options, names):
                 raise Failed("no such file")
             for path in found:
                 add_put(client, path, "-r" in options, jobs)
-        except (Failed, RecursionError, re.error) as error:
+        except (Failed, OSError, RecursionError, re.error) as error:
             client.fail(name, reason(error))
     return client.run(jobs)
 
@@ -1613,9 +1614,17 @@ def do_get(client, options, names):
             add_get(client, entry, options, out, jobs)
         except (Refusal, Failed, BadMessage, OSError, RecursionError) as error:
             client.fail(name, reason(error))
-    if len({job.target.path for job in jobs}) < len(jobs) and "-f" in options:
-        raise Failed("several files would get the same name here: name a folder that exists with -o")
-    return client.run(jobs)
+    return client.run(one_for_each_path(client, jobs) if "-f" in options else jobs)
+
+
+def one_for_each_path(client, jobs):
+    """Of jobs that would replace each other's files the first only; the others fail."""
+    first = {}
+    for job in jobs:
+        other = first.setdefault(job.target.path, job)
+        if other is not job:
+            client.fail(job.name, "%s is saved as %s already: give one of them another place with -o" % (other.name, job.target.path))
+    return list(first.values())
 
 
 def typed(name):
@@ -1690,13 +1699,14 @@ def entries_in(client, name):
 
 
 def show_entries(entries):
+    """Print a list of entries. Raises OSError where that can't be done: here, what is printed is the result."""
     for entry in entries:
         size = "folder" if entry["type"] == "dir" else entry["size"]
         try:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["mtime"] or 0))
         except (OSError, OverflowError, ValueError):        # a time that this system can't tell
             when = "%16s" % "?"
-        say("%14s  %s  %s" % (size, when, entry["name"]))
+        write_line("%14s  %s  %s" % (size, when, entry["name"]), sys.stdout)
 
 
 def do_lcd(client, options, names):
@@ -1833,13 +1843,16 @@ class Completer:
         command, *rest = line.lstrip().split(" ", 1)
         if not rest:
             return [name + " " for name in sorted(COMMANDS) if name.startswith(text)]
-        quote = next((mark for mark in "\"'" if line.count(mark) % 2), "")
+        quote = ""                  # the one that is open at the end
+        for char in line:
+            if char in "\"'" and quote in ("", char):
+                quote = "" if quote else char
         word = line.rsplit(quote, 1)[1] if quote else text
         names = self.remote(word) if command in ("get", "ls") else self.local(word)
         skip = len(word) - len(text) + (1 if quote and text.startswith(quote) else 0)
         found = []
         for name in names:
-            mark = quote or ("'" if "\"" in name else "\"" if " " in name or "'" in name else "")
+            mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")
             end = "" if name.endswith("/") else mark + " "
             found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
         return found
@@ -1866,15 +1879,18 @@ def printable(text):
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def say(text, stream=None):
+def write_line(text, stream):
     """Print a line, also where the terminal's encoding lacks its characters."""
-    stream = stream or sys.stdout
-    if stream is None:              # no terminal at all
-        return
-    encoding = stream.encoding or "ascii"
-    with contextlib.suppress(OSError, ValueError):          # a closed one must not end transfers
+    if stream is not None:          # no terminal at all
+        encoding = stream.encoding or "ascii"
         stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")  # one write: threads
         stream.flush()
+
+
+def say(text, stream=None):
+    """Print a line if that can be done: a closed terminal must not end transfers."""
+    with contextlib.suppress(OSError, ValueError):
+        write_line(text, stream or sys.stdout)
 
 
 def note(text):

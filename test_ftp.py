@@ -3888,6 +3888,23 @@ def test_one_file_named_twice_is_fetched_once(lone, work):
     assert tree(work, hidden=True) == {"x": b"x"}
 
 
+def test_file_that_would_replace_another_of_the_same_command_is_left_out_and_told(lone, work):
+    fill(lone.download, {"x": b"one", "a/x": b"two", "b/y": b"three"})
+    done = client(lone, "get", "-f", "x", "a/x", "b/y", cwd=work)
+    assert (done.code, done.err.count("\n")) == (1, 2) and done.err.startswith("a/x: x is saved as x already")
+    assert tree(work) == {"x": b"one", "y": b"three"}
+
+
+@posix
+def test_folder_that_is_gone_is_one_line_for_each_file(lone, work):
+    lone.serves("x", b"hello")
+    fill(work, {"y": b"hello", "gone": None})
+    commands = ["!rmdir ../gone", "get x", "put -r . " + shlex.quote(str(work / "y"))]
+    done = client(lone, cwd=work / "gone", given="\n".join(commands) + "\n")
+    assert len(re.findall("No such file or directory\n", done.err)) == 2 and done.err.count("\n") == 3, done.err
+    assert lone.uploads() == {"y": b"hello"}
+
+
 def test_file_with_a_name_like_that_of_a_partial_is_neither_lost_nor_overwritten(lone, work):
     served = {"k": None, "k/.x.partial": b"one", "k/x": b"two", "k/" + partial_name("x"): b"tw"}
     fill(lone.download, served)
@@ -4998,6 +5015,17 @@ def test_classic_answer_that_is_none_is_told(work, answer, patch, options, told)
     assert done.code == 1 and told in done.err and done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command, answer, code, told", [
+    ("get", b"NO|0", 1, "x: the server has no such file\n"), ("put", b"OK", 0, ""),
+], ids=["NO", "OK"])
+def test_classic_answer_counts_though_the_server_closes_behind_it(work, command, answer, code, told):
+    if command == "put":
+        fill(work, {"x": b""})
+    with raw_server([answer]) as port:
+        done = client(port, "--classic", command, "x", cwd=work)
+    assert (done.code, done.err) == (code, told)
+
+
 @early
 def test_answer_that_comes_too_late_is_not_taken_for_the_next_one(work):
     fill(work, {"x": b"hello"})
@@ -5162,6 +5190,13 @@ def test_prompt_ends_quietly_where_nothing_can_be_printed(lone, work):
     for sink in ("| head -n 1", "> /dev/full"):
         done = run(["sh", "-c", "printf 'ls\\nls\\nls\\n' | %s %s" % (command, sink)], work)   # run() looks for a traceback
         assert "Errno" not in done.err, done
+
+
+@linux
+def test_listing_that_cannot_be_printed_is_a_failure(lone, work):
+    lone.serves("x", b"hello")
+    command = " ".join(map(shlex.quote, launch(CLIENT) + [lone.host, str(lone.port), "ls"]))
+    assert run(["sh", "-c", command + " > /dev/full"], work) == (1, "", "No space left on device\n")
 
 
 def test_word_that_ends_a_session_may_be_the_command(work):
@@ -5379,10 +5414,11 @@ def test_tab_completes_commands_local_names_and_remote_names(lone, work):
 
 @pytest.mark.parametrize("line, found", [
     ("put it", ["\"it's.txt\" "]), ("put q", ["'q\"t.txt' "]), ("put a", ["\"a b.txt\" "]),
-    ("put \"a b", ["b.txt\" "]), ("put ~/s", ["~/sub/"]), ("put ~/sub/", ["~/sub/x "]),
+    ("put \"a b", ["b.txt\" "]), ("put \"it's.txt\" q", ["'q\"t.txt' "]), ("put t", ["\"t\tab\" "]),
+    ("put ~/s", ["~/sub/"]), ("put ~/sub/", ["~/sub/x "]),
 ])
 def test_completed_names_can_be_used(work, monkeypatch, line, found):
-    fill(work, {"it's.txt": b"", "q\"t.txt": b"", "a b.txt": b"", "sub/x": b""})
+    fill(work, {"it's.txt": b"", "q\"t.txt": b"", "a b.txt": b"", "t\tab": b"", "sub/x": b""})
     monkeypatch.chdir(str(work))
     monkeypatch.setenv("HOME", str(work))
     monkeypatch.setenv("USERPROFILE", str(work))
@@ -5390,7 +5426,7 @@ def test_completed_names_can_be_used(work, monkeypatch, line, found):
     assert ftp_client.Completer(None, None).candidates(text, line) == found
     for name in found:
         words = ftp_client.split_words(line[:len(line) - len(text)] + name)
-        assert name.endswith("/") or os.path.exists(os.path.expanduser(words[1]))
+        assert name.endswith("/") or os.path.exists(os.path.expanduser(words[-1]))
 
 
 @pytest.mark.parametrize("label", ["e\u0301" * 60, "成绩" * 60, "x" * 4000, "a\u0301"], ids=["NFD", "wide", "long", "short"])
