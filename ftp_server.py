@@ -983,14 +983,6 @@ class Wire:
         del self.ahead[:count]
         return data
 
-    async def read_into(self, view):
-        """Read at least one byte into view; how many."""
-        if self.ahead:
-            data = self.take(len(view))
-            view[:len(data)] = data
-            return len(data)
-        return await self.receive(self.sock.recv_into, view)
-
     async def send(self, data):
         """Send bytes, later if they are few: small answers travel together."""
         if len(self.owed) + len(data) <= JOIN:
@@ -1140,11 +1132,10 @@ class Session:
 
     async def skip_payload(self):
         """Read past what is still to come of a refused put; False where that has no end."""
-        await self.wire.flush()
-        view = memoryview(bytearray(CHUNK))
         try:
             while self.payload:
-                self.payload -= await self.wire.read_into(view[:self.payload])
+                await self.wire.peek()
+                self.payload -= len(self.wire.take(self.payload))
             await self.wire.read_line()
             return True
         except Refusal:             # the put has its answer already
@@ -1400,7 +1391,7 @@ class Session:
         """Read into view; how many bytes came, 0 where none did for patience seconds."""
         self.wire.deadline = time.monotonic() + patience
         try:
-            return await self.wire.read_into(view)
+            return await self.wire.receive(self.wire.sock.recv_into, view)
         except TimedOut:
             if patience == math.inf:
                 raise
