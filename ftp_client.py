@@ -690,6 +690,7 @@ class Job:
 
     def __init__(self, client, name, size):
         self.client, self.name, self.size = client, name, size      # the name on the wire
+        self.hashed = None, None    # what hash_once() has hashed last, and the digest
 
     def ask_first(self):
         """Note that the line is bad: what is there already is worth a question."""
@@ -700,6 +701,13 @@ class Job:
     def read_past(self):
         """After a failure here: tell whether nothing of this file is left in the stream."""
         return True
+
+    def hash_once(self, file, length):
+        """The digest of the first length bytes, kept: a server may lose patience meanwhile, and the next try has it."""
+        wanted = state(file), length
+        if self.hashed[0] != wanted:
+            self.hashed = wanted, hash_file(file, length)
+        return self.hashed[1].copy()
 
     def progress(self, count):
         self.done += count
@@ -725,7 +733,6 @@ class Put(Job):
         super().__init__(client, remote_name(name), size)
         self.path = path
         self.alone = size > SMALL
-        self.hashed = None, None    # ((id of the upload, offset), digest up to there)
 
     def ask(self):
         with open_source(self.path) as file:
@@ -788,9 +795,7 @@ class Put(Job):
         link.request(cmd="resume", name=self.name, size=self.size, id=ident)
         offset, sha256 = fields(link.answer(work_time(self.size)), "offset", "sha256")
         if 0 < offset <= self.size:
-            if self.hashed[0] != (ident, offset):       # kept: should the server lose patience, the next try has it
-                self.hashed = (ident, offset), hash_file(file, offset)
-            digest = self.hashed[1].copy()
+            digest = self.hash_once(file, offset)
             if digest.hexdigest() == (sha256 or "").lower():
                 return offset, digest
         return 0, hashlib.sha256()
@@ -909,7 +914,6 @@ class Get(Job):
             raise Refusal("bad-name", "a get that was never finished left it there")
         self.target, self.replace = Target(path), replace
         self.asked = None           # (length, digest) of what is here already and was told to the server
-        self.hashed = None, None    # (its state, digest)
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
         self.partial_size, self.path_size = size_of(self.target.partial), size_of(path)
         self.alone = self.partial_size > 0 or self.path_size > SMALL
@@ -919,23 +923,17 @@ class Get(Job):
         offset, digest, self.coming = 0, None, None
         if self.target.file or self.partial_size:
             offset = self.target.open()
-            digest = self.hash_once(self.target.file)
+            digest = self.hash_once(self.target.file, offset)
         elif self.path_size and not self.replace:
             with contextlib.suppress(Failed), open_source(self.target.path) as file:
-                offset = os.fstat(file.fileno()).st_size
-                digest = self.hash_once(file)
+                size = os.fstat(file.fileno()).st_size
+                offset, digest = size, self.hash_once(file, size)
         self.asked = offset, digest
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
         if not self.client.verify:
             more["verify"] = False
         self.client.step("get %s: the server tells the size, sends the bytes and last its hash" % self.name)
         self.client.link.request(cmd="get", name=self.name, **more)
-
-    def hash_once(self, file):
-        """The digest of a whole local file, kept: a server may lose patience meanwhile, and the next try has it."""
-        if self.hashed[0] != state(file):
-            self.hashed = state(file), hash_file(file, state(file)[0])
-        return self.hashed[1].copy()
 
     def finish(self):
         link = self.client.link
