@@ -567,16 +567,12 @@ class Target:
 
     def open(self):
         """Open the partial, made if need be, and lock it against other clients; how long it is."""
-        made = False
         while self.file is None:
             try:
                 fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
             except FileNotFoundError:
-                if made:                        # a folder like those of /proc takes no files
-                    raise
                 os.makedirs(self.folder or ".", exist_ok=True)
-                made = True
-                continue
+                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
             file = io.FileIO(fd, "rb+")
             try:
                 info = self.lock(fd)
