@@ -1774,13 +1774,8 @@ def run_command(client, words):
         for text in client.left_out:
             note(text)
         return well and not client.left_out
-    except (Refusal, Failed, Unreachable) as error:
-        note(str(error))
-    except (BadMessage, Broken) as error:
-        client.close()
-        note("the connection is lost: %s" % error)
-    except (OSError, ValueError) as error:      # the latter: a name that the system can't even be asked for
-        note(reason(error))
+    except (Refusal, Failed, Unreachable, BadMessage, OSError, ValueError) as error:
+        note(reason(error))                     # ValueError: a name that the system can't even be asked for
     return False
 
 
@@ -1969,7 +1964,7 @@ def main(argv=None):
     except Usage as error:
         note(str(error))
         return 2
-    except (Unreachable, Broken, BadMessage) as error:
+    except Unreachable as error:
         note(str(error))
         return 1
     except KeyboardInterrupt:
