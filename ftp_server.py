@@ -1282,13 +1282,10 @@ class Session:
         if not ident:
             raise BadMessage("'id' must be 64 hex digits")
         await self.let_go()
-        with contextlib.ExitStack() as opened:
-            upload = opened.enter_context(await self.in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut)))
-            if upload.length > size:
-                upload.cut_back(0)
-            await self.in_slices(upload.hash_prefix())
-            opened.pop_all()        # all went well: it stays open
-        self.resumed = upload
+        self.resumed = upload = await self.in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut))
+        if upload.length > size:
+            upload.cut_back(0)
+        await self.in_slices(upload.hash_prefix())
         await self.reply(offset=upload.length, sha256=upload.digest.hexdigest())
 
     async def let_go(self):
