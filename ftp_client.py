@@ -857,7 +857,7 @@ class Put(Job):
             before = os.fstat(file.fileno())
             self.resize(before.st_size)
             link = self.client.link
-            link.send(self.client.text("put|%s|%d" % (self.name, self.size)))
+            self.client.classic_request("put|%s|%d" % (self.name, self.size))
             if self.client.classic_answer(rb"OK") is None:
                 raise Refusal("refused", "the server did not say OK")
             self.went_on_at(0)
@@ -1018,14 +1018,13 @@ class Get(Job):
         """The same in the original's dialect: all from the start, without a hash."""
         if "|" in self.name:
             raise Failed("the classic dialect can't ask for a name with |")
-        link = self.client.link
-        link.send(self.client.text("get|%s|0" % self.name))
+        self.client.classic_request("get|%s|0" % self.name)
         match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0")
         if match is None or match.group(1) is None:
             raise Refusal("not-found", "the server has no such file" if match else "the server answered nonsense")
         self.resize(int(match.group(1)))
-        link.send(self.client.text("second_active"))
-        link.flush()
+        self.client.classic_request("second_active")
+        self.client.link.flush()
         self.client.payload("<-", self.size)
         self.went_on_at(0)
         self.open_at(0)
@@ -1128,11 +1127,6 @@ class FtpClient:
     def payload(self, direction, count):
         self.show(direction, "%d bytes" % count)
 
-    def text(self, text):
-        """A message of the classic dialect to the server, as bytes."""
-        self.show("->", text)
-        return text.encode("utf-8")
-
     # ---- jobs ----
 
     def run(self, jobs):
@@ -1217,6 +1211,10 @@ class FtpClient:
             self.tell(job)
         if not self.link:
             self.ask_again()
+
+    def classic_request(self, text):
+        self.show("->", text)
+        self.link.send(text.encode("utf-8"))
 
     def classic_answer(self, pattern):
         """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None."""
