@@ -62,7 +62,7 @@ LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
 FIND_TIME = 1              # seconds to wait for servers to answer
 FIND_SIZE = 512            # bytes of a discovery request: answers are never longer
 READ, WRITE = 1, 2         # what to wait for: one of them, or both (READ | WRITE)
-BAR_TIME = 0.1             # seconds between two looks of the progress bar
+BAR_TIME = 0.1             # seconds between two drawings of the progress bar, at least
 
 
 # ==== Errors ==========================================================================================
@@ -419,8 +419,8 @@ def wait_for(sock, events, seconds):
         return events if broken else READ * len(readable) | WRITE * len(writable)
     poller = select.poll()
     poller.register(sock, select.POLLIN * bool(events & READ) | select.POLLOUT * bool(events & WRITE))
-    for _, ready in poller.poll(seconds * 1000):        # an error is ready for both
-        return events & (READ * (ready != select.POLLOUT) | WRITE * (ready != select.POLLIN))
+    for _, flags in poller.poll(seconds * 1000):        # an error is ready for both
+        return events & (READ * (flags != select.POLLOUT) | WRITE * (flags != select.POLLIN))
     return 0
 
 

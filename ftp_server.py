@@ -1583,8 +1583,8 @@ def wait_for(sock, events, seconds):
         return events if broken else READ * len(readable) | WRITE * len(writable)
     poller = select.poll()
     poller.register(sock, select.POLLIN * bool(events & READ) | select.POLLOUT * bool(events & WRITE))
-    for _, ready in poller.poll(seconds * 1000):        # an error is ready for both
-        return events & (READ * (ready != select.POLLOUT) | WRITE * (ready != select.POLLIN))
+    for _, flags in poller.poll(seconds * 1000):        # an error is ready for both
+        return events & (READ * (flags != select.POLLOUT) | WRITE * (flags != select.POLLIN))
     return 0
 
 
