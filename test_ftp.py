@@ -3888,6 +3888,18 @@ def test_one_file_named_twice_is_fetched_once(lone, work):
     assert tree(work, hidden=True) == {"x": b"x"}
 
 
+def test_file_here_that_shrinks_while_it_is_hashed_is_fetched_from_the_start(lone, work):
+    lone.serves("x", b"hello world")
+    fill(work, {"x": b"hello"})
+    done = client(lone, "get", "x", cwd=work, patch="""
+import ftp_client
+def shrank(file, length):
+    raise ftp_client.Failed("the file shrank while it was read")
+ftp_client.hash_file = shrank
+""")
+    assert (done.code, done.err) == (0, "") and tree(work, hidden=True) == {"x": b"hello", "x-2": b"hello world"}
+
+
 def test_file_that_would_replace_another_of_the_same_command_is_left_out_and_told(lone, work):
     fill(lone.download, {"x": b"one", "a/x": b"two", "b/y": b"three"})
     done = client(lone, "get", "-f", "x", "a/x", "b/y", cwd=work)
