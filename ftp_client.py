@@ -157,7 +157,7 @@ def numbered(name, number):
 
 def numbered_start(name):
     """What all names begin with that numbered() makes of name."""
-    return os.path.commonprefix([numbered(name, 2), numbered(name, 10 ** 9 - 1)])
+    return os.path.commonprefix([numbered(name, 2), numbered(name, 10 ** 8), numbered(name, 10 ** 9 - 1)])
 
 
 def is_numbered(name, original):
@@ -172,7 +172,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 DIGITS_LIMIT = 1000
 NESTING_LIMIT = 100
-NESTING = re.compile(rb"[][{}]")
+BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
@@ -207,8 +207,11 @@ def encode(message):
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
     if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
-        steps = (1 if mark in b"[{" else -1 for mark in NESTING.findall(STRING.sub(b"", line)))
-        if max(itertools.accumulate(steps), default=0) > NESTING_LIMIT:
+        brackets = STRING.sub(b"", line).translate(BRACKETS, NO_BRACKETS)
+        levels = 0
+        while b"[]" in brackets and levels < NESTING_LIMIT:
+            brackets, levels = brackets.replace(b"[]", b""), levels + 1
+        if brackets:
             raise BadMessage("nested too deeply")
     try:
         text = line.decode("utf-8").strip(" \t\r\n")
@@ -700,7 +703,8 @@ class Job:
 
     def hash_once(self, file, length):
         """The digest of the first length bytes, kept: a server may lose patience meanwhile, and the next try has it."""
-        wanted = state(file), length
+        info = os.fstat(file.fileno())
+        wanted = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, length
         if self.hashed[0] != wanted:
             self.hashed = wanted, hash_file(file, length)
         return self.hashed[1].copy()

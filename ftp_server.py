@@ -204,7 +204,7 @@ def numbered(name, number):
 
 def numbered_start(name):
     """What all names begin with that numbered() makes of name."""
-    return os.path.commonprefix([numbered(name, 2), numbered(name, 10 ** 9 - 1)])
+    return os.path.commonprefix([numbered(name, 2), numbered(name, 10 ** 8), numbered(name, 10 ** 9 - 1)])
 
 
 def is_numbered(name, original):
@@ -749,7 +749,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 DIGITS_LIMIT = 1000
 NESTING_LIMIT = 100
-NESTING = re.compile(rb"[][{}]")
+BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
@@ -784,8 +784,11 @@ def encode(message):
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
     if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
-        steps = (1 if mark in b"[{" else -1 for mark in NESTING.findall(STRING.sub(b"", line)))
-        if max(itertools.accumulate(steps), default=0) > NESTING_LIMIT:
+        brackets = STRING.sub(b"", line).translate(BRACKETS, NO_BRACKETS)
+        levels = 0
+        while b"[]" in brackets and levels < NESTING_LIMIT:
+            brackets, levels = brackets.replace(b"[]", b""), levels + 1
+        if brackets:
             raise BadMessage("nested too deeply")
     try:
         text = line.decode("utf-8").strip(" \t\r\n")
@@ -1283,9 +1286,13 @@ class Session:
             raise BadMessage("'id' must be 64 hex digits")
         await self.let_go()
         self.resumed = upload = await self.in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut))
-        if upload.length > size:
-            upload.cut_back(0)
-        await self.in_slices(upload.hash_prefix())
+        try:
+            if upload.length > size:
+                upload.cut_back(0)
+            await self.in_slices(upload.hash_prefix())
+        except (OSError, Refusal):
+            self.drop_resumed()
+            raise
         await self.reply(offset=upload.length, sha256=upload.digest.hexdigest())
 
     async def let_go(self):

@@ -970,7 +970,7 @@ def test_what_windows_can_not_hold_is_an_underscore_there(module, name, stored):
 
 
 @pytest.mark.parametrize("name", "UNSAFE WINDOWS_UNSAFE WINDOWS_DEVICE PARTIAL NAME_LIMIT PATH_LIMIT HEADER_LIMIT SIZE_LIMIT "
-                         "NESTING_LIMIT NESTING STRING HEX HEADER_TIME QUIET_TIME PORT VERSION".split())
+                         "NESTING_LIMIT DIGITS_LIMIT BRACKETS NO_BRACKETS STRING HEX UNSUPPORTED HEADER_TIME QUIET_TIME PORT VERSION".split())
 def test_both_scripts_hold_the_same_constants(name):
     assert getattr(ftp_server, name) == getattr(ftp_client, name)
 
@@ -1058,6 +1058,7 @@ def test_header_that_is_none_is_refused_and_the_connection_closed(peer, header):
     "brackets in a string": b'{"cmd":"hello","x":"' + b"[" * 500 + b'"}\n',
     "100 levels": b'{"cmd":"hello","x":' + b"[" * 99 + b"]" * 99 + b"}\n",
     "25 digits": b'{"cmd":"hello","x":' + b"9" * 25 + b"}\n",
+    "many lists and objects": b'{"cmd":"hello","x":[' + b'[{}],{"":[]},' * 4000 + b"[]]}\n",
 })
 def test_key_that_nobody_knows_is_ignored_whatever_its_value(peer, header):
     assert peer.ask(header)["ok"]
