@@ -37,6 +37,7 @@ try:
     import termios
 except ImportError:  # Windows
     fcntl = termios = None
+    import msvcrt
 
 VERSION = "1.0"
 PORT = 8885                # the original's
@@ -62,6 +63,7 @@ LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
 FIND_TIME = 1              # seconds to wait for servers to answer
 FIND_SIZE = 512            # bytes of a discovery request: answers are never longer
 READ, WRITE = 1, 2         # what to wait for: one of them, or both (READ | WRITE)
+HAS_POLL = hasattr(select, "poll")      # Windows has select() only
 BAR_TIME = 0.1             # seconds between two drawings of the progress bar, at least
 
 
@@ -109,7 +111,7 @@ def reason(error):
 
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
 WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
-WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(?:$|\.))", re.IGNORECASE)
 
 
 def split_name(name):
@@ -404,6 +406,8 @@ class Link:
         if self.ahead:
             return self.take(limit)
         self.buffer = self.buffer or memoryview(bytearray(RECEIVE))
+        if not HAS_POLL:                    # Ctrl-C ends no recv() there
+            self.wait(READ, self.timeout)
         with self.waiting():
             count = self.sock.recv_into(self.buffer[:limit])
         if not count:
@@ -417,9 +421,12 @@ class Link:
 
 def wait_for(sock, events, seconds):
     """Wait until a socket is ready for READ or WRITE, whichever are in events; which it is, 0 after some seconds."""
-    if not hasattr(select, "poll"):     # Windows
-        readable, writable, broken = select.select([sock][:events & READ], [sock][:events & WRITE], [sock], seconds)
-        return events if broken else READ * len(readable) | WRITE * len(writable)
+    end = time.monotonic() + seconds
+    while not HAS_POLL:                 # short waits: there Ctrl-C ends none
+        left = max(0, end - time.monotonic())
+        readable, writable, broken = select.select([sock][:events & READ], [sock][:events & WRITE], [sock], min(left, 0.1))
+        if readable or writable or broken or not left:
+            return events if broken else READ * len(readable) | WRITE * len(writable)
     poller = select.poll()
     poller.register(sock, select.POLLIN * bool(events & READ) | select.POLLOUT * bool(events & WRITE))
     for _, flags in poller.poll(seconds * 1000):        # an error is ready for both
@@ -451,6 +458,8 @@ def unsent(sock):
 # ==== Local files =======================================================================================
 
 OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
+# What the system says of a call that the disk or the system lacks; the two in the middle differ on macOS.
+UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 PARTIAL_FLAGS = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -556,6 +565,22 @@ def nanoseconds(seconds):
     return int(whole) * 10 ** 9 + round(part * 1e9)
 
 
+def lock(fd):
+    """Lock an open file against other processes; the system unlocks it however this one ends.
+
+    Raises BlockingIOError or PermissionError where another has it."""
+    if fcntl:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:         # a disk without locks
+                raise
+    else:
+        os.lseek(fd, 1 << 62, os.SEEK_SET)              # far behind the content, which stays readable
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        os.lseek(fd, 0, os.SEEK_SET)
+
+
 class Target:
     """A file on its way in: a hidden partial file beside it, to which publish() gives the final name."""
 
@@ -579,11 +604,13 @@ class Target:
             file = io.FileIO(fd, "rb+")
             try:
                 info = self.lock(fd)
-                named = self.has_name(info)
+                named = os.name == "nt" or self.has_name(info)      # Windows keeps an open file's name
                 if named and info.st_nlink == 1:
                     self.file = file
                     return info.st_size
                 if named:                   # published, and killed before this name was taken away
+                    if os.name == "nt":     # Windows doesn't remove an open file
+                        file.close()
                     os.unlink(self.partial)
             finally:
                 if not self.file:
@@ -593,11 +620,9 @@ class Target:
     def lock(self, fd):
         """Lock the open partial; what fstat() says of it then. Raises Failed."""
         try:
-            if fcntl:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:            # else: a disk without locks
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise Failed("another client is fetching it here")
+            lock(fd)
+        except (BlockingIOError, PermissionError):
+            raise Failed("another client is fetching it here") from None
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise Failed("%s is in the way" % self.partial)
@@ -606,7 +631,7 @@ class Target:
     def has_name(self, info):
         """Tell whether the partial's name is still that of an open file: who had the lock may have removed or published it."""
         try:
-            return os.name == "nt" or os.path.samestat(os.lstat(self.partial), info)    # Windows keeps an open file's name
+            return os.path.samestat(os.lstat(self.partial), info)
         except FileNotFoundError:
             return False
 
@@ -623,14 +648,16 @@ class Target:
     def publish(self, mtime, replace):
         """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
         fd = self.file.fileno()
+        if os.name == "nt":     # an open file can't be renamed there, and its flush and its end set its time anew
+            os.fsync(fd)
+            self.file.close()
         if mtime is not None:
             try:
                 os.utime(fd if os.utime in os.supports_fd else self.partial, ns=(nanoseconds(mtime),) * 2)
             except (OSError, OverflowError):        # a time that this system can't hold
                 pass
-        os.fsync(fd)
-        if os.name == "nt":                         # Windows doesn't rename an open file
-            self.file.close()
+        if os.name != "nt":
+            os.fsync(fd)
         stored, duplicate = self.rename(replace)
         self.file.close()
         self.file = None
@@ -667,13 +694,14 @@ class Target:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            if error.errno not in UNSUPPORTED | {errno.EPERM}:
                 raise
             if os.path.lexists(path):               # a disk without hard links (FAT)
                 return False
             os.rename(self.partial, path)
             return True
-        os.unlink(self.partial)
+        with contextlib.suppress(OSError):          # it is stored: the old name is taken away when it is needed again
+            os.unlink(self.partial)
         return True
 
 
@@ -836,7 +864,7 @@ class Put(Job):
         except OSError as error:
             if error.errno == errno.EIO:
                 raise Failed(error.strerror)
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in UNSUPPORTED:
                 raise
             return None
 
@@ -1617,7 +1645,7 @@ def one_for_each_path(client, jobs):
     """Of jobs that would replace each other's files the first only; the others fail."""
     first = {}
     for job in jobs:
-        other = first.setdefault(job.target.path, job)
+        other = first.setdefault(os.path.normcase(job.target.path), job)
         if other is not job:
             client.fail(job.name, "%s is saved as %s already: give one of them another place with -o" % (other.name, job.target.path))
     return list(first.values())

@@ -100,6 +100,9 @@ SETTLED = 2                # seconds a file must have been left alone for that: 
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+HAS_POLL = hasattr(select, "poll")      # Windows has select() only: 512 sockets, and a shutdown() of ours ends no wait
+SELECTED = math.inf if HAS_POLL else 500    # clients that the event loop can wait for
+WAKE = math.inf if HAS_POLL else 0.5    # seconds until a session that waits looks whether it was cut
 QUEUE = getattr(queue, "SimpleQueue", queue.Queue)     # Python 3.6 has the slow one only
 
 LOG = logging.getLogger("ftp_server")
@@ -153,10 +156,12 @@ def refusal_of(error):
 
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
 WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
-WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?=$|\.)", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(?:$|\.))", re.IGNORECASE)
 # O_NONBLOCK: opening a FIFO must not wait for its other end. O_BINARY is Windows'.
 OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
 HAS_DIR_FD = os.open in os.supports_dir_fd
+# What the system says of a call that the disk or the system lacks; the two in the middle differ on macOS.
+UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 
 def split_name(name):
@@ -238,6 +243,12 @@ class Folder:
         return to_disk(part) if self.fd is not None else os.path.join(self.path, part)
 
     def open(self, part, flags):
+        if self.fd is None:                             # Windows: follows links, and says "denied" of a folder
+            with contextlib.suppress(FileNotFoundError):
+                mode = self.stat(part).st_mode
+                if stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
+                    number = errno.ELOOP if stat.S_ISLNK(mode) else errno.EISDIR
+                    raise OSError(number, os.strerror(number))
         return os.open(self.at(part), flags | OPEN_FLAGS, 0o666, dir_fd=self.fd)
 
     def stat(self, part):
@@ -265,8 +276,8 @@ class Folder:
         try:
             if self.fd is None:
                 path = self.at(part)
-                if not stat.S_ISDIR(os.lstat(path).st_mode) or os.path.realpath(path) != os.path.join(
-                        os.path.realpath(self.path), part):
+                if not stat.S_ISDIR(os.lstat(path).st_mode) or os.path.normcase(os.path.realpath(path)) != \
+                        os.path.normcase(os.path.join(os.path.realpath(self.path), part)):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 return Folder(path)
             return Folder(None, self.open(part, os.O_RDONLY | os.O_DIRECTORY))
@@ -278,7 +289,8 @@ class Folder:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
             raise
         with contextlib.suppress(FileExistsError):      # made meanwhile by another session: as good
-            os.mkdir(self.at(part), 0o700 if part == PARTIAL else 0o777, dir_fd=self.fd)
+            private = part == PARTIAL and os.name != "nt"       # there what moves out of it would stay private
+            os.mkdir(self.at(part), 0o700 if private else 0o777, dir_fd=self.fd)
             self.sync(sync)
         return self.inner(part)
 
@@ -303,7 +315,7 @@ def lock(fd):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):   # a disk without locks
+            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:         # a disk without locks
                 raise
     else:
         os.lseek(fd, 1 << 62, os.SEEK_SET)              # far behind the content, which stays readable
@@ -461,7 +473,7 @@ class Upload:
             try:
                 lock(fd)
                 info = os.fstat(fd)
-                named = not self.ident or self.has_name(info)
+                named = not self.ident or os.name == "nt" or self.has_name(info)    # Windows keeps an open file's name
             except BaseException as error:
                 os.close(fd)
                 if not self.ident:
@@ -478,7 +490,7 @@ class Upload:
     def has_name(self, info):
         """Tell whether the partial's name is still that of an open file: who had the lock may have removed or published it."""
         try:
-            return os.name == "nt" or os.path.samestat(self.folder.stat(self.partial), info)    # Windows keeps an open file's name
+            return os.path.samestat(self.folder.stat(self.partial), info)
         except FileNotFoundError:
             return False
 
@@ -553,20 +565,25 @@ class Upload:
             raise Refusal("mismatch", "the bytes that arrived have another SHA-256")
         return digest
 
+    def flush(self):
+        if self.storage.fsync:
+            os.fsync(self.file.fileno())
+
     def publish(self, mtime=None):
         """Generator: flush the partial to disk and give it its final name, or drop it as a duplicate.
 
         Its value is (the name stored, whether the same content was there already)."""
+        if os.name == "nt":             # an open file can't be renamed there, and its flush and its end set its time anew
+            self.flush()
+            self.file.close()
         if mtime is not None:
             try:
                 times = nanoseconds(time.time()), nanoseconds(mtime)    # sweep() goes by the later of the two
                 os.utime(self.file.fileno() if os.utime in os.supports_fd else self.folder.at(self.partial), ns=times)
             except (OSError, OverflowError):                    # a time that this system can't hold
                 pass
-        if self.storage.fsync:
-            os.fsync(self.file.fileno())
-        if os.name == "nt":
-            self.file.close()
+        if os.name != "nt":
+            self.flush()
         if not self.target:
             self.target = descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync)
         for name in self.candidates():
@@ -593,7 +610,7 @@ class Upload:
         """Move the partial to its final name; False where that is taken."""
         source, target = self.folder.at(self.partial), self.target.at(name)
         where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": self.target.fd}
-        if not self.has_name(os.fstat(self.file.fileno())):
+        if os.name != "nt" and not self.has_name(os.fstat(self.file.fileno())):
             raise Refusal("server-error", "the partial file was tampered with")
         if self.storage.overwrite:
             self.check_replaceable()
@@ -605,7 +622,7 @@ class Upload:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            if error.errno not in UNSUPPORTED | {errno.EPERM}:
                 raise
             with self.storage.renaming:             # a disk without hard links (FAT): our sessions take turns
                 if self.target.has(name):
@@ -740,6 +757,10 @@ class Storage:
                     if now - touched > PARTIAL_LIFE:
                         with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
                             lock(file.fileno())
+                            if os.name == "nt":         # there an open file can't be removed, and its name stays its own
+                                file.close()
+                            elif not os.path.samestat(folder.stat(name), os.fstat(file.fileno())):
+                                continue
                             folder.unlink(name)
 
 
@@ -904,13 +925,14 @@ def unsent(sock):
 
 class Wire:
     """A client's non-blocking socket, with the bytes read ahead and the answers not yet sent."""
-    __slots__ = ("sock", "timeout", "deadline", "ahead", "owed")
+    __slots__ = ("sock", "timeout", "deadline", "ahead", "owed", "cut")
 
     def __init__(self, sock, timeout):
         self.sock, self.timeout = sock, timeout
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.ahead = bytearray()
         self.owed = bytearray()
+        self.cut = False            # ended from outside, see Session.cut()
 
     async def attempt(self, event, operation, *args, kind=None):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
@@ -918,20 +940,24 @@ class Wire:
         kind: BLOCKS if it may wait for a disk all the same, as sendfile(2) may; else None.
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
-        left = None
+        left, start = None, time.monotonic()
         while True:
-            # Half a time limit until the first look at what is unsent: a look before each send would cost a system call.
-            limit = self.timeout / 2 if event == WRITE and left is None else self.timeout
-            patience = min(limit, self.deadline - time.monotonic())
+            # An eighth of it until the first look at what is unsent: a look before each send would cost a system call.
+            limit = self.timeout / 8 if event == WRITE and left is None else self.timeout
+            patience = min(start + limit, self.deadline) - time.monotonic()
             try:
+                if self.cut:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, "cut off")
                 if patience <= 0:
                     raise socket.timeout
-                await ready(self.sock, event, patience, kind)
+                await ready(self.sock, event, min(patience, WAKE), kind)
                 return operation(*args)
             except (BlockingIOError, InterruptedError):
                 pass
             except socket.timeout:
-                left, before = unsent(self.sock), left
+                if patience > WAKE:
+                    continue
+                left, before, start = unsent(self.sock), left, time.monotonic()
                 if event == WRITE and self.deadline == math.inf and (before is None or left < before):
                     continue        # slow but steady: a socket is writable again only when much of its queue is gone
                 await announce(BLOCKS)      # what this ends closes and removes files
@@ -1015,7 +1041,7 @@ class Wire:
         try:
             return os.sendfile(self.sock.fileno(), fd, offset, count)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in UNSUPPORTED:
                 raise
             return None
 
@@ -1048,7 +1074,7 @@ class Session:
 
     run() is a coroutine; whoever drives it lets it go on when the wait that it asked for is over."""
     __slots__ = ("service", "storage", "wire", "peer", "full", "framed", "doing", "payload", "answering",
-                 "resumed", "told", "ended")
+                 "resumed", "told")
 
     def __init__(self, service, sock, address, full):
         sock.setblocking(False)
@@ -1063,12 +1089,11 @@ class Session:
         self.payload = None         # bytes of a put still to come before its last line; None: no put
         self.answering = False      # between the first and the last line of an answer
         self.told = False           # whether the log tells already what went wrong
-        self.ended = False          # from outside
         self.resumed = None         # the Upload that a resume left open for the put to come
 
     def cut(self):
         """End the session from outside, from any thread: its next wait is over, as if the client had left."""
-        self.ended = True
+        self.wire.cut = True
         with contextlib.suppress(OSError):
             self.wire.sock.shutdown(socket.SHUT_RDWR)
 
@@ -1116,7 +1141,7 @@ class Session:
         while True:
             await announce(kind)
             try:
-                kind = work.throw(Gone("a newer session took over")) if self.ended else next(work)
+                kind = work.throw(Gone("a newer session took over")) if self.wire.cut else next(work)
             except StopIteration as end:
                 return end.value
 
@@ -1520,7 +1545,8 @@ class Service:
 
         Out of descriptors, accept() fails at once and forever: the one kept in reserve lets us tell the client."""
         try:
-            return listener.accept()
+            sock, address = listener.accept()
+            return sock, address or ("?", 0)            # macOS: gone again already
         except (BlockingIOError, InterruptedError, ConnectionError):
             return None
         except OSError as error:
@@ -1552,7 +1578,8 @@ def tune_listener(sock, host):
     if sock.type == socket.SOCK_STREAM:     # on Windows SO_REUSEADDR would share the port
         sock.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
     if host == "::":
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)         # everybody, IPv4 too
+        level = getattr(socket, "IPPROTO_IPV6", 41)     # Python has its name on Windows since 3.8
+        sock.setsockopt(level, socket.IPV6_V6ONLY, 0)   # everybody, IPv4 too
 
 
 # ==== Discovery: where is a server? One datagram, one answer ===============================================
@@ -1585,9 +1612,12 @@ class Discovery:
 
 def wait_for(sock, events, seconds):
     """Wait until a socket is ready for READ or WRITE, whichever are in events; which it is, 0 after some seconds."""
-    if not hasattr(select, "poll"):     # Windows
-        readable, writable, broken = select.select([sock][:events & READ], [sock][:events & WRITE], [sock], seconds)
-        return events if broken else READ * len(readable) | WRITE * len(writable)
+    end = time.monotonic() + seconds
+    while not HAS_POLL:                 # short waits: there Ctrl-C ends none
+        left = max(0, end - time.monotonic())
+        readable, writable, broken = select.select([sock][:events & READ], [sock][:events & WRITE], [sock], min(left, 0.1))
+        if readable or writable or broken or not left:
+            return events if broken else READ * len(readable) | WRITE * len(writable)
     poller = select.poll()
     poller.register(sock, select.POLLIN * bool(events & READ) | select.POLLOUT * bool(events & WRITE))
     for _, flags in poller.poll(seconds * 1000):        # an error is ready for both
@@ -1696,8 +1726,11 @@ class Stoppable:
             raise Stopped
 
     def serve_forever(self, poll_interval=TICK):
-        with contextlib.suppress(Stopped):
+        try:
             super().serve_forever(poll_interval)
+        except (Stopped, OSError):              # OSError: what Windows' select() says of a socket that stop() has closed
+            if not self.service.stopping:
+                raise
 
     def process_request(self, request, client_address):
         try:
@@ -1918,6 +1951,9 @@ class SelectFtpServer:
             if not taken:
                 break
             conn, address = taken
+            if len(self.dic) >= SELECTED:
+                turn_away(conn)
+                continue
             self.dic[conn] = task = Task(self.service.welcome(conn, address), conn)
             self.wait(task, task.advance())
 
@@ -2298,7 +2334,7 @@ def open_server(options):
     except (OSError, UnicodeError) as error:
         hints = {errno.EADDRINUSE: "is another server running? Name another port, or 0 for any that is free",
                  errno.EADDRNOTAVAIL: "HOST must be an address of this machine; 0.0.0.0 stands for all that it has",
-                 errno.EACCES: "ports below 1024 need more rights: name a higher one"}
+                 errno.EACCES: "ports below 1024 need more rights, others may be the system's own: name another one"}
         raise Unusable("can't listen on %s port %d: %s (%s)" % (
             options.host, options.port, getattr(error, "strerror", None) or error,
             hints.get(getattr(error, "errno", 0), "check HOST and PORT")))
@@ -2307,9 +2343,10 @@ def open_server(options):
 def raise_descriptor_limit():
     """Allow as many open files and sockets as the system lets us."""
     if resource:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError, OSError):      # macOS says unlimited and means less
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for limit in (max(soft, 10240), hard):              # macOS says unlimited of hard, and takes no more than the former
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def set_up_log(options):
@@ -2331,7 +2368,7 @@ def set_up_log(options):
 def own_addresses(family):
     """This machine's addresses, as others may see them."""
     found = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         found += [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
     for kind, anywhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_DGRAM) as probe:

@@ -953,7 +953,7 @@ def test_both_scripts_hold_the_same_message_format():
         assert ours[name] == theirs[name], "%s differs" % name
 
 
-@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered numbered_start is_numbered wait_for is_loopback tune "
+@pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered numbered_start is_numbered lock wait_for is_loopback tune "
                          "unsent printable seconds port nanoseconds".split())
 def test_both_scripts_hold_the_same_helpers(name):
     assert inspect.getsource(getattr(ftp_server, name)) == inspect.getsource(getattr(ftp_client, name))
@@ -3622,6 +3622,7 @@ def test_what_can_not_be_written_at_the_start_is_one_clear_line(tmp_path):
 @at_once_for({
     "mode": ["--mode", "forking"], "size": ["--max-size", "10Q"], "size -1": ["--max-size", "-1"],
     "port": ["127.0.0.1", "http"], "port 65536": ["127.0.0.1", "65536"], "port -1": ["127.0.0.1", "-1"],
+    "timeout 1e9": ["--timeout", "1e9"],
     "timeout": ["--timeout", "soon"], "timeout 0": ["--timeout", "0"], "timeout nan": ["--timeout", "nan"],
     "clients": ["--max-clients", "some"], "clients -1": ["--max-clients", "-1"], "option": ["--frob"],
     "too much": ["127.0.0.1", "0", "more"],
