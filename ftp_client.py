@@ -1755,12 +1755,10 @@ def do_lls(client, options, names):
 
 def do_help(client, options, names):
     """help [COMMAND]               this list; ? is short for it"""
-    for name in names or ["put", "get", "ls", "lcd", "lls", "help", "exit"]:
+    for name in names or ["put", "get", "ls", "lcd", "lls", "help", "exit", "!"]:
         if name not in COMMANDS:
             raise Usage("no command %s; help lists them" % name)
         say(COMMANDS[name][0].__doc__)
-    if not names:
-        say(do_shell.__doc__)
     return True
 
 
@@ -1780,6 +1778,7 @@ def do_leave(client, options, names):
 COMMANDS = {                # word: (function, letters of its options, fewest and most names)
     "put": (do_put, "r", 1, math.inf), "get": (do_get, "rfo:", 1, math.inf), "ls": (do_ls, "", 0, 1),
     "lcd": (do_lcd, "", 0, 1), "lls": (do_lls, "", 0, 1), "help": (do_help, "", 0, 1), "?": (do_help, "", 0, 1),
+    "!": (do_shell, "", 0, math.inf),
 }
 COMMANDS.update((word, (do_leave, "", 0, 0)) for word in ("exit()", "exit", "quit", "bye"))
 
@@ -1872,6 +1871,8 @@ class Completer:
         found = []
         for name in names:
             mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")
+            if mark and mark in name:       # nothing that can be typed stands for it
+                continue
             end = "" if name.endswith("/") else mark + " "
             found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
         return found
@@ -1963,6 +1964,8 @@ def parse_args(argv=None):
     both = re.fullmatch(r"([^:]+|\[.+\]):([0-9]+)", words[0]) if words else None
     if both:
         parser.error("HOST and PORT are two words: %s %s" % both.groups())
+    if words and re.fullmatch("[0-9]+", words[0]):
+        parser.error("HOST comes before PORT: 127.0.0.1 %s" % words[0])
     options.host = words[0].strip("[]") if words else "127.0.0.1"       # an IPv6 address as the server prints it
     options.command = words[2:]
     try:
@@ -1978,9 +1981,10 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    options = parse_args(argv)
-    client = FtpClient(options.host, options.port, options)
+    client = None
     try:
+        options = parse_args(argv)
+        client = FtpClient(options.host, options.port, options)
         if options.find:
             return show_servers(options)
         if not options.command or options.command[0] in ("put", "get", "ls"):
@@ -1998,10 +2002,11 @@ def main(argv=None):
         note(str(error))
         return 1
     except KeyboardInterrupt:
-        note(client.stopped())
+        note(client.stopped() if client else "stopped")
         return 130
     finally:
-        client.close()
+        if client:
+            client.close()
 
 
 if __name__ == "__main__":

@@ -1516,6 +1516,36 @@ def test_other_content_is_told_apart_without_verifying_too(server, peer):
         assert server.stored(answer["name"]) == again
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a", "a-2", ".a", "a.tar.gz", "a-5." + "x" * 150, "é" * 125 + ".txt", "x" * 255,
+                                  "a" * 241 + "-9999999zz.txt", "文" * 85])
+def test_numbered_names_begin_as_they_are_looked_for(name):
+    for number in (2, 3, 10, 99, 1000, 10 ** 6, 10 ** 8, 10 ** 9 - 1):
+        found = ftp_server.numbered(name, number)
+        assert found.startswith(ftp_server.numbered_start(name)) and ftp_server.is_numbered(found, name)
+    assert not ftp_server.is_numbered(name, name)
+
+
+def test_number_that_a_user_gave_is_none_of_ours(server, peer):
+    folder = unique("d")
+    for name, data, stored in (("a-1.txt", b"one", "a-1.txt"), ("a.txt", b"two", "a.txt"), ("a.txt", b"one", "a-2.txt")):
+        assert peer.put(folder + "/" + name, data)["name"] == folder + "/" + stored
+
+
+@posix
+def test_empty_file_is_not_what_a_fifo_of_its_name_is(server, peer):
+    name = unique()
+    os.mkfifo(os.path.join(server.upload, name))
+    answer = peer.put(name, b"")
+    assert (answer["name"], answer["duplicate"]) == (ftp_server.numbered(name, 2), False)
+
+
+def test_hash_may_be_in_capitals(server, peer):
+    name, data = unique(), content(1000)
+    assert peer.ask(put_header(name, data), data, {"sha256": sha(data).upper()})["ok"]
+    server.serves(name, data)
+    assert peer.get(name, offset=600, sha256=sha(data[:600]).upper())[0]["offset"] == 600
+
+
 def test_name_without_an_extension_and_the_longest_name_can_be_numbered(server, peer):
     folder = unique("d")
     assert peer.put(folder + "/Makefile", b"one")["name"] == folder + "/Makefile"
@@ -1537,6 +1567,13 @@ def test_name_without_an_extension_and_the_longest_name_can_be_numbered(server, 
     assert peer.put(name, b"one")["name"] == name
     stored = peer.put(name, b"two")["name"]
     assert len(stored) == len(name) and server.stored(stored) == b"two"
+
+
+@in_all_modes_at_once
+def test_overwriting_put_of_a_folders_name_is_refused_before_its_bytes(mode, folder):
+    with serve(mode, folder, "--overwrite") as server, server.peer() as peer:
+        fill(server.upload, {"d": None})
+        assert peer.ask(put_header("d", content(1000)))["code"] == "not-a-file"
 
 
 @in_all_modes_at_once
@@ -1691,9 +1728,16 @@ def test_file_that_changes_meanwhile_is_never_called_whole(server, peer, hidden)
     if hidden:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         os.link(path, path + "-linked")
-    with contextlib.suppress(Hangup):
-        peer.read(size)
-        assert peer.line()["code"] == "changed"
+    peer.read(size)
+    assert peer.line()["code"] == "changed"
+
+
+def test_file_that_is_replaced_meanwhile_is_whole_all_the_same(server, peer):
+    name, data = unique(), content(32 * MIB)
+    path = server.serves(name, data)
+    assert peer.ask({"cmd": "get", "name": name})["size"] == len(data)
+    os.replace(server.serves(name + "-new", b"new"), path)
+    assert peer.read(len(data)) == data and peer.line()["sha256"] == sha(data)
 
 
 # ==== Files: faults and kill -9 at every operation ==================================================================
@@ -2272,6 +2316,67 @@ def test_client_that_comes_back_takes_over_its_upload(server, peer, resume):
 
 
 @linux
+@posix
+@in_all_modes_at_once
+def test_resume_that_fails_keeps_no_lock(mode, folder):
+    faults, data, identity = Faults(folder), content(1000), upload_id()
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
+        server.cut_upload("x", data, 600, id=identity)
+        path = os.path.join(server.upload, ".partial", identity)
+        wait_for(lambda: not is_locked(path))
+        faults.arm("raise", ["read"], last=99)
+        assert peer.ask({"cmd": "resume", "name": "x", "size": 1000, "id": identity})["code"] == "server-error"
+        faults.disarm()
+        assert peer.ask({"cmd": "hello"})["ok"] and not is_locked(path)
+
+
+WINDOWS = """
+import os, ftp_%s as script  # what differs there, as far as another system can play it
+os.name, script.HAS_POLL, script.HAS_DIR_FD = "nt", False, False
+os.supports_fd, os.supports_follow_symlinks, os.supports_dir_fd = set(), set(), set()
+"""
+
+
+@posix
+@in_all_modes_at_once
+def test_put_and_get_do_without_what_windows_lacks(mode, folder):
+    old, new, stamp = content(300000, 1), content(300000, 2), 1234567890.25
+    (folder / "work").mkdir()
+    with serve(mode, folder, patch=WINDOWS % "server") as server:
+        fill(server.download, {"d/x": new, "d/y": b"", "sub/z": b"z"})
+        os.symlink("/etc/hosts", os.path.join(server.download, "link"))
+        os.utime(os.path.join(server.download, "d", "x"), (stamp, stamp))
+        fill(folder / "work", {"x": old, "d/x": old})
+        os.utime(str(folder / "work" / "x"), (stamp, stamp))
+
+        def run_client(*arguments):
+            return client(server, *arguments, cwd=folder / "work", patch=WINDOWS % "client")
+
+        assert run_client("put", "x") == (0, "x: stored as x\n", "")
+        assert run_client("put", "x") == (0, "x: already there as x\n", "")
+        assert os.stat(os.path.join(server.upload, "x")).st_mtime == stamp
+        assert run_client("put", "-r", "d").code == 0 and server.stored("d/x") == old
+        assert run_client("get", "-r", "d").code == 0
+        assert tree(folder / "work", hidden=True) == {"x": old, "d": None, "d/x": old, "d/x-2": new, "d/y": b""}
+        assert os.stat(str(folder / "work" / "d" / "x-2")).st_mtime == stamp
+        assert run_client("get", "-f", "d/x").code == 0 and (folder / "work" / "x").read_bytes() == new
+        for name in ("sub", "link"):
+            assert "not-a-file" in run_client("get", name).err
+        assert run_client("get", "sub/z").code == 0 and server.partials() == {}
+
+
+@posix
+@in_all_modes_at_once
+def test_takeover_does_without_a_shutdown_that_wakes(mode, folder):
+    """As on Windows, where select() does not notice one."""
+    patch, data, identity = """
+import ftp_server, socket
+ftp_server.WAKE, socket.socket.shutdown = 0.1, lambda self, how: None
+""", content(1000), upload_id()
+    with serve(mode, folder, patch=patch) as server, server.begin_upload("x", data, 600, id=identity), server.peer() as newer:
+        assert newer.ask({"cmd": "resume", "name": "x", "size": 1000, "id": identity})["offset"] == 600
+
+
 @in_all_modes_at_once
 def test_client_that_comes_back_takes_over_though_its_partial_is_being_hashed(mode, folder):
     patch, identity = "import ftp_server; ftp_server.TAKEOVER_TIME = 1", upload_id()
@@ -3890,6 +3995,32 @@ def test_one_file_named_twice_is_fetched_once(lone, work):
     assert tree(work, hidden=True) == {"x": b"x"}
 
 
+def test_pattern_takes_no_hidden_file_and_a_folder_that_is_missing_is_made(lone, work):
+    fill(lone.download, {"x": b"one", ".hidden": b"two"})
+    assert client(lone, "get", "*", "-o", "new/", cwd=work).code == 0
+    assert tree(work, hidden=True) == {"new": None, "new/x": b"one"}
+    assert client(lone, "get", ".*", cwd=work).code == 0 and (work / ".hidden").read_bytes() == b"two"
+    assert client(lone, "get", "-f", "x", "-o", "new", cwd=work).out == "x: saved as %s\n" % os.path.join("new", "x")
+
+
+def test_help_tells_of_all_that_it_lists(work):
+    listed = client(1, "help", cwd=work).out.splitlines()
+    words = [word.rstrip("]") for line in listed for word in line.split()[:1]]
+    assert [client(1, "help", "!" if word.startswith("!") else word, cwd=work).out.strip() for word in words] == listed
+
+
+@posix
+def test_hash_that_the_client_keeps_is_that_of_the_file_as_it_is(work):
+    path = fill(work, {"x": b"old"})
+    job = ftp_client.Job(None, "x", 3)
+    with ftp_client.open_source(path) as file:
+        before = os.fstat(file.fileno())
+        assert job.hash_once(file, 3).hexdigest() == sha(b"old")
+        wait_for(lambda: (fill(work, {"x": b"new"}), os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns)))
+                 and os.fstat(file.fileno()).st_ctime_ns != before.st_ctime_ns)
+        assert job.hash_once(file, 3).hexdigest() == sha(b"new")
+
+
 def test_file_here_that_shrinks_while_it_is_hashed_is_fetched_from_the_start(lone, work):
     lone.serves("x", b"hello world")
     fill(work, {"x": b"hello"})
@@ -4094,6 +4225,7 @@ def test_quiet_client_says_nothing_unless_it_fails(lone, work):
 
 
 @at_once_for({
+    "short option": ["--vers"], "timeout 1e9": ["--timeout", "1e9"], "port first": ["8885"],
     "option": ["--frob"], "retries": ["--retries", "-1"], "timeout": ["--timeout", "0"], "port": ["127.0.0.1", "http"],
     "port 0x": ["127.0.0.1", "0x50"], "port 70000": ["127.0.0.1", "70000", "ls"], "command": ["127.0.0.1", "1", "frob"],
     "put nothing": ["127.0.0.1", "1", "put"], "get nothing": ["127.0.0.1", "1", "get"],
@@ -4342,7 +4474,7 @@ def test_folder_that_can_not_be_listed_spoils_no_other(work, bad):
     with fake_server(ls=ls, get=get_ten) as (port, headers):
         done = client(port, "get", "-r", "first", "bad", "good", "--retries", "1", cwd=work, patch=NO_WAIT)
     assert done.code == 1 and "failed: bad" in done.err
-    assert [name for name, data in tree(work).items() if data] == ["first/x", "good/x"]
+    assert sorted(name for name, data in tree(work).items() if data) == ["first/x", "good/x"]
 
 
 def test_server_that_goes_away_between_two_files_is_tried_again(work):
@@ -6229,7 +6361,7 @@ def test_readme_lists_every_option(script, title, tmp_path):
 def test_readme_lists_every_command_and_every_error_code():
     rows = re.findall(r"^\| (`.*?) \| ", sections(readme())["The client"], re.MULTILINE)
     commands = {command for row in rows for command in re.findall(r"`(\w+(?:\(\))?|\?)", row)}
-    assert set(ftp_client.COMMANDS) - {"?"} <= commands
+    assert set(ftp_client.COMMANDS) - {"?", "!"} <= commands
     protocol = sections(readme())["The protocol"]
     assert set(ftp_server.COMMANDS) == set(re.findall(r'^\| `\{"cmd":"(\w+)"', protocol, re.MULTILINE))
     assert set(CODES) <= set(re.findall(r"`([a-z-]+)`", protocol))
