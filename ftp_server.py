@@ -942,7 +942,7 @@ class Wire:
         Raises TimedOut, or Gone for any error of the socket."""
         left, start = None, time.monotonic()
         while True:
-            # An eighth of it until the first look at what is unsent: a look before each send would cost a system call.
+            # Only an eighth until the first look at what is unsent: a look before each send would cost a system call.
             limit = self.timeout / 8 if event == WRITE and left is None else self.timeout
             patience = min(start + limit, self.deadline) - time.monotonic()
             try:
