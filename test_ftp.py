@@ -5083,15 +5083,16 @@ def test_server_that_takes_little_at_a_time_is_not_given_up(work):
         peer.send({"ok": True, "offset": 0, "sha256": sha(b"")})
 
     def put(peer, header):
-        for _ in range(30):
-            got.append(peer.read(8 * KIB))
+        for _ in range(60):
+            got.append(peer.read(4 * KIB))
             time.sleep(0.1)
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
         got.append(peer.read(len(data) - len(b"".join(got))))
         peer.line()
         peer.send({"ok": True, "name": "x", "size": len(data), "sha256": sha(b"".join(got)), "duplicate": False})
 
     with fake_server(resume=resume, put=put) as (port, headers):
-        done = client(port, "put", "x", "--timeout", "1", "--retries", "0", cwd=work)
+        done = client(port, "put", "x", "--timeout", "2", "--retries", "0", cwd=work)
     assert done.code == 0 and b"".join(got) == data
 
 
