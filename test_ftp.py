@@ -1207,8 +1207,13 @@ def test_hash_of_a_file_that_was_written_just_now_is_not_kept_though_it_is_dated
     path = fill(tmp_path, {"x": b"new"})
     for mtime in (1, 99999999999):
         os.utime(path, (1, mtime))
-        with ftp_server.Download(os.open(path, os.O_RDONLY)) as download:
-            assert not download.settled
+        storage = ftp_server.Storage(str(tmp_path), str(tmp_path))
+        with storage.open_download("x") as download:
+            storage.remember_digest(download, sha(b"new"))
+            assert storage.known_digest(download) is None
+            download.settled = True
+            storage.remember_digest(download, sha(b"new"))
+            assert storage.known_digest(download) == sha(b"new")
 
 
 @cases("last, codes", {
@@ -2016,12 +2021,12 @@ def test_disk_without_hard_links_keeps_both_all_the_same(mode, folder):
         assert server.uploads() == {"x": b"one", "x-2": b"two"}
 
 
-def disk_fills(server, name):
-    """Put more than the disk holds, as told; see that others are served meanwhile."""
+def disk_fills(server, name, **header):
+    """Put more than the disk holds, as told; see that others are served meanwhile, and that what came takes no room."""
     data = content(3 * MIB)
     with server.peer() as other, server.peer() as peer:
         with contextlib.suppress(ConnectionError):
-            peer.send(put_header(name, data), data, {"sha256": sha(data)})
+            peer.send(put_header(name, data, **header), data, {"sha256": sha(data)})
         assert peer.line()["code"] == "disk-full"
         assert other.put("small", b"small")["ok"]
     assert name not in server.uploads()
@@ -2035,6 +2040,8 @@ def test_full_disk_is_told_and_the_server_recovers(mode, folder):
     with serve(mode, folder, faults=faults) as server:
         faults.arm("raise", ["write", "pwrite", "writev", "splice", "posix_fallocate"], error=errno.ENOSPC)
         disk_fills(server, "x")
+        faults.arm("raise", ["write", "pwrite", "writev", "splice", "posix_fallocate"], at=2, error=errno.ENOSPC)
+        disk_fills(server, "x", id=upload_id())
         faults.disarm()
         with server.peer() as peer:
             assert peer.put("x", content(3 * MIB))["ok"]
@@ -2104,6 +2111,10 @@ def test_overwriting_replaces_files_only(mode, folder):
         for name in ("fifo", "folder", "link"):
             assert peer.put(name, b"after")["code"] == "not-a-file"
         assert server.uploads() == {"fifo": "special", "folder": None, "link": "special", "file": b"before"}
+        with server.begin_upload("late", b"after", 2) as late:
+            os.mkfifo(os.path.join(server.upload, "late"))
+            assert late.ask(b"ter", {"sha256": sha(b"after")})["code"] == "not-a-file"
+        assert server.uploads()["late"] == "special"
 
 
 @posix
@@ -4342,16 +4353,16 @@ def asked_for(headers):
 
 def test_file_that_always_breaks_the_connection_fails_alone(work):
     def get(peer, header):
-        if header["name"] == "bad" or header["name"] == "unlucky" and asked_for(headers)["unlucky"] == 1:
+        if header["name"] in ("bad", "worse") or header["name"] == "unlucky" and asked_for(headers)["unlucky"] == 1:
             peer.send(OK_GET, b"123")
             raise Hangup
         get_ten(peer, header)
 
     with fake_server(get=get) as (port, headers):
-        done = client(port, "get", "bad", "unlucky", "good", "--retries", "2", cwd=work, patch=NO_WAIT)
-    assert done.code == 1 and "bad: given up" in done.err and "2 of 3 done" in done.err
+        done = client(port, "get", "bad", "worse", "unlucky", "good", "--retries", "2", cwd=work, patch=NO_WAIT)
+    assert done.code == 1 and "bad: given up" in done.err and "2 of 4 done" in done.err
     assert tree(work) == {"unlucky": b"1234567890", "good": b"1234567890"}
-    assert asked_for(headers)["bad"] == 3
+    assert asked_for(headers) == {"bad": 3, "worse": 2, "unlucky": 2, "good": 1}
 
 
 def test_put_that_breaks_the_connection_among_many_fails_alone(work):
@@ -4907,6 +4918,34 @@ def test_lying_get_is_an_error_and_leaves_nothing(answer, work):
     assert tree(work) == {}
 
 
+def test_get_that_breaks_before_its_first_byte_leaves_no_hidden_file(work):
+    with fake_server(get=wired(OK_GET)) as (port, headers):
+        assert client(port, "get", "x", "--retries", "0", cwd=work).code == 1
+    assert tree(work, hidden=True) == {}
+
+
+def test_server_that_is_busy_is_asked_again(work):
+    def get(peer, header):
+        if len(asked) == 0:
+            asked.append(header)
+            peer.send({"ok": False, "code": "busy", "error": "too many are here"})
+            raise Hangup
+        get_ten(peer, header)
+
+    asked = []
+    with fake_server(get=get) as (port, headers):
+        done = client(port, "get", "x", cwd=work, patch=NO_WAIT)
+    assert done.code == 0 and "too many are here (busy)" in done.err
+    assert tree(work, hidden=True) == {"x": b"1234567890"}
+
+
+@linux
+def test_file_that_has_more_bytes_than_its_size_tells_is_not_sent(lone, work):
+    done = client(lone, "put", "/proc/self/status", cwd=work)
+    assert (done.code, done.err) == (1, "status: the file changed while it was read: try again\n")
+    assert lone.uploads() == {}
+
+
 def test_whole_file_that_is_here_already_is_checked_to_the_end(work):
     fill(work, {"x": b"hello"})
     lie = wired({"ok": True, "size": 5, "offset": 5, "mtime": 0}, {"ok": True, "sha256": sha(b"other")})
@@ -5353,7 +5392,8 @@ def test_word_that_ends_a_session_may_be_the_command(work):
 
 @posix
 def test_ctrl_c_in_a_shell_command_that_is_the_command(work):
-    assert client(1, "!kill -INT $$", cwd=work) == (130, "", "stopped\n")
+    for command in ("!kill -INT $$", "!exit 130"):  # the latter is what a shell says of a command that it ended
+        assert client(1, command, cwd=work) == (130, "", "stopped\n")
 
 
 def test_shell_command_may_be_the_command(work):
