@@ -2382,14 +2382,14 @@ def own_addresses(family):
 def print_banner(server):
     """Tell on stdout where the server listens, what it serves and what to type on the other machine."""
     host, port_number = server.server_address[:2]
-    alone = is_loopback(host)
     storage = server.service.storage
     say("listening on %s (%s)" % (address_text(server.server_address), server.service.mode))
     say("  put stores into   %s" % storage.upload)
     say("  get serves from   %s" % storage.download)
     for address in own_addresses(server.socket.family) if host in ("0.0.0.0", "::") else [host]:
-        say("  on %s machine:  python ftp_client.py %s %d" % ("this" if alone else "the other", address, port_number))
-    if not alone:
+        machine = "this" if is_loopback(address) else "the other"
+        say("  on %s machine:  python ftp_client.py %s %d" % (machine, address, port_number))
+    if not is_loopback(host):
         say("  whoever reaches this port can read the second folder and add to the first: no password, no encryption")
 
 

@@ -3697,6 +3697,13 @@ def test_server_for_the_network_says_who_can_reach_it(pair, folder):
     assert "ftp_client.py %s " % host not in server.out() and "WARNING" not in server.log()
 
 
+def test_banner_of_a_machine_without_a_network_sends_nobody_to_another(tmp_path):
+    patch = ANY_ADDRESS + "import ftp_server; ftp_server.own_addresses = lambda family: ['127.0.0.1']"
+    with serve("selectors", tmp_path, host="0.0.0.0", patch=patch) as server:
+        assert "  on this machine:  python ftp_client.py 127.0.0.1 %d\n" % server.port in server.out()
+    assert "the other machine" not in server.out()
+
+
 def server_fails(*arguments, patch=""):
     """Run a server that can't start; return its exit code and the one line that it says."""
     done = run(launch(SERVER, patch) + list(arguments), HERE)
