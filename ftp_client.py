@@ -1803,7 +1803,7 @@ def run_command(client, words):
         for text in client.left_out:
             note(text)
         return well and not client.left_out
-    except (Refusal, Failed, Unreachable, BadMessage, OSError, ValueError) as error:
+    except (Refusal, Failed, Unreachable, BadMessage, OSError, RecursionError, ValueError) as error:
         note(reason(error))                     # ValueError: a name that the system can't even be asked for
     return False
 

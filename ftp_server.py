@@ -941,9 +941,10 @@ class Wire:
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
         left, start = None, time.monotonic()
+        slow_is_fine = event == WRITE and self.deadline == math.inf     # as long as something is taken
         while True:
             # Only an eighth until the first look at what is unsent: a look before each send would cost a system call.
-            limit = self.timeout / 8 if event == WRITE and left is None else self.timeout
+            limit = self.timeout / 8 if slow_is_fine and left is None else self.timeout
             patience = min(start + limit, self.deadline) - time.monotonic()
             try:
                 if self.cut:
@@ -958,8 +959,8 @@ class Wire:
                 if patience > WAKE:
                     continue
                 left, before, start = unsent(self.sock), left, time.monotonic()
-                if event == WRITE and self.deadline == math.inf and (before is None or left < before):
-                    continue        # slow but steady: a socket is writable again only when much of its queue is gone
+                if slow_is_fine and (before is None or left < before):
+                    continue        # a socket is writable again only when much of its queue is gone
                 await announce(BLOCKS)      # what this ends closes and removes files
                 if event == WRITE:
                     raise Gone("it has read nothing for %g seconds" % self.timeout) from None
@@ -1447,6 +1448,7 @@ class Session:
 
     async def read_classic(self):
         """Read a request that has no end: it is over when nothing more arrives for QUIET_TIME."""
+        await self.wire.flush()         # first: the time limit is not for what is owed
         give_up = time.monotonic() + HEADER_TIME
         while True:
             request = parse_classic(self.wire.ahead)
@@ -1489,6 +1491,7 @@ class Session:
 
     async def expect(self, text):
         """Read the given bytes. Raises Refusal as soon as something else comes."""
+        await self.wire.flush()
         await self.wire.peek()
         self.wire.deadline = time.monotonic() + HEADER_TIME
         for byte in text:

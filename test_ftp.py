@@ -623,6 +623,13 @@ class Server:
     def peer(self):
         return Peer(socket.create_connection((self.host, self.port), PATIENCE), secret=self.folder)
 
+    def slow_peer(self, buffer=4096):
+        """A peer with so small a receive buffer that the server feels when it doesn't read."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        sock.connect((self.host, self.port))
+        return Peer(sock, secret=self.folder)
+
     def alive(self):
         """Say whether a new client is answered."""
         with self.peer() as peer:
@@ -1484,6 +1491,33 @@ def test_connection_that_the_server_closes_lingers_without_a_false_word_in_the_l
     assert "left" not in server.log()
 
 
+SMALL_BUFFER = "import ftp_server; ftp_server.LOOPBACK_BUFFER = 16384"
+
+
+@in_all_modes_at_once
+def test_last_answer_has_the_whole_time_of_lingering(mode, folder):
+    with serve(mode, folder, "--timeout", "4", patch=SMALL_BUFFER) as server, server.slow_peer() as peer:
+        data = content(200000)
+        server.serves("x", data)
+        peer.send({"cmd": "get", "name": "x"}, b"{nonsense}\n")
+        time.sleep(0.8)  # longer than the server waits before its first look at whether something was taken
+        assert peer.line()["size"] == len(data) and peer.read(len(data)) == data and peer.line()["ok"]
+        assert peer.line()["code"] == "bad-request"
+
+
+@in_all_modes_at_once
+def test_classic_request_that_is_ahead_of_its_time_costs_no_byte_of_the_answer_before(mode, folder):
+    with serve(mode, folder, patch=SMALL_BUFFER) as server, server.slow_peer() as peer:
+        data = content(200000)
+        server.serves("x", data)
+        peer.send("get|x|0")
+        assert peer.read(10) == b"YES|200000"
+        peer.send("second_active" + "get|x|0")
+        time.sleep(0.2)  # longer than the pause that ends a request
+        peer.sock.shutdown(socket.SHUT_WR)
+        assert peer.rest() == data + b"YES|200000"
+
+
 @in_all_modes_at_once
 def test_max_size_is_told_and_holds(mode, folder):
     with serve(mode, folder, "--max-size", "64K") as server, server.peer() as peer:
@@ -2273,11 +2307,8 @@ def test_slow_but_steady_peer_is_never_cut(mode, folder):
             wait_for(lambda: server.stored("y") == data[:12])
 
         def get_slowly(piece):
-            """Take a piece every 0.1 s for a while, then the rest; a small buffer lets the server feel each piece."""
-            sock = socket.socket()
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * piece)
-            sock.connect((server.host, server.port))
-            with Peer(sock) as peer:
+            """Take a piece every 0.1 s for a while, then the rest."""
+            with server.slow_peer(2 * piece) as peer:
                 assert peer.ask({"cmd": "get", "name": "slow"})["size"] == len(data)
                 taken = b""
                 for _ in range(25):
@@ -2651,15 +2682,11 @@ def test_server_stops_while_the_disk_hangs(mode, folder):
 @early
 @in_all_modes_at_once
 def test_client_that_reads_nothing_gets_no_error_in_the_middle_of_an_answer(mode, folder):
-    with serve(mode, folder, "--timeout", "0.3") as server, socket.socket() as sock:
+    with serve(mode, folder, "--timeout", "0.3") as server, server.slow_peer() as peer:
         server.serves("x", content(200000))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", server.port))
-        sock.sendall(wire({"cmd": "get", "name": "x"}) * 40)
+        peer.send(wire({"cmd": "get", "name": "x"}) * 40)
         wait_for(lambda: "has read nothing" in server.log())
-        sock.settimeout(PATIENCE)
-        with contextlib.suppress(ConnectionError):
-            assert all(b'"code"' not in piece for piece in iter(lambda: sock.recv(MIB), b""))
+        assert b'"code"' not in peer.rest()
 
 
 @in_all_modes_at_once
@@ -4532,6 +4559,12 @@ def test_remote_folders_nested_too_deeply_are_one_line(work):
     with fake_server(ls=lambda peer, header: peer.send(ls[header["path"]]), get=get_ten) as (port, headers):
         done = client(port, "get", "-r", "top", cwd=work)
     assert done.code == 1 and done.err.count("\n") == 1 and "inside one another" in done.err
+
+
+def test_place_for_a_get_that_is_too_deep_is_one_line(lone, work):
+    lone.serves("x", b"hello")
+    done = client(lone, "get", "x", "-o", "d/" * 1500, cwd=work, patch="import sys; sys.setrecursionlimit(300)")
+    assert done == (1, "", "too many folders inside one another\n")
 
 
 def test_local_folders_nested_too_deeply_are_one_line(work):
