@@ -1153,8 +1153,6 @@ class Session:
             LOG.log(logging.INFO if idle else logging.WARNING, "%s %s refused: %s: %s", self.peer, self.doing, refusal.code,
                     refusal)
         if self.answering or not self.framed:
-            if isinstance(refusal, TimedOut):
-                raise refusal       # a silent peer: lingering would only keep its place taken
             return False            # no way to say it but to close before the end
         await self.wire.send(encode({"ok": False, "code": refusal.code, "error": str(refusal)}))
         return not refusal.closes and (self.payload or 0) <= SKIP_LIMIT

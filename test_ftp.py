@@ -2689,6 +2689,17 @@ def test_client_that_reads_nothing_gets_no_error_in_the_middle_of_an_answer(mode
         assert b'"code"' not in peer.rest()
 
 
+def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted(monkeypatch):
+    turns = ftp_server.Turns(2)
+    assert [turns.take(who) for who in "abcd"] == [True, True, False, False]
+    assert turns.end("a") == "c" and turns.relieve() == []
+    monkeypatch.setattr(ftp_server, "STUCK", -1)
+    turns.next_look = 0
+    assert turns.relieve() == ["d"]  # instead of b, the oldest: nobody else is in line
+    assert [turns.end(who) for who in "bcd"] == [None] * 3
+    assert turns.take("e")
+
+
 @in_all_modes_at_once
 def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
     with serve(mode, folder) as server, contextlib.ExitStack() as stack:
@@ -4361,12 +4372,13 @@ def test_broken_transfer_goes_on_where_it_broke(lone, work, verb, size, cuts, lo
     assert max(proxy.moved.values()) < size + lost + 10000  # no other byte of the payload was moved twice
 
 
-def test_small_files_get_through_a_line_that_breaks_again_and_again(lone, work):
-    files = {"d/%03d" % number: content(20000, number) for number in range(200)}
+@cases("size, cut", {"asked for after a break": (20000, 300000), "too small for that": (10000, 40000)})
+def test_small_files_get_through_a_line_that_breaks_again_and_again(lone, work, size, cut):
+    files = {"d/%03d" % number: content(size, number) for number in range(100)}
     fill(work, files)
-    with Proxy(lone.port, [("up", 300000)] * 60) as proxy:
+    with Proxy(lone.port, [("up", cut)] * 60) as proxy:
         done = client(proxy.port, "put", "-r", "d", cwd=work, patch=NO_WAIT)
-    assert done.code == 0 and "200 of 200 done" in done.out
+    assert done.code == 0 and "100 of 100 done" in done.out
     assert lone.uploads() == dict(files, d=None)
 
 
