@@ -2696,8 +2696,9 @@ def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted(monkeypatc
     monkeypatch.setattr(ftp_server, "STUCK", -1)
     turns.next_look = 0
     assert turns.relieve() == ["d"]  # instead of b, the oldest: nobody else is in line
-    assert [turns.end(who) for who in "bcd"] == [None] * 3
-    assert turns.take("e")
+    assert not turns.take("e") and turns.end("b") is None  # another went instead of b already
+    assert [turns.end(who) for who in "cde"] == ["e", None, None]
+    assert turns.take("f")
 
 
 @in_all_modes_at_once
