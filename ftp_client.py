@@ -960,7 +960,7 @@ class Get(Job):
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
         if not self.client.verify:
             more["verify"] = False
-        self.client.step("get %s: the server tells the size, sends the bytes and last its hash" % self.name)
+        self.client.step("get %s: the server tells the size, sends the bytes and says last that all went well" % self.name)
         self.client.link.request(cmd="get", name=self.name, **more)
 
     def finish(self):

@@ -2450,7 +2450,7 @@ def test_upload_under_way_in_another_server_is_busy(mode, folder):
 
 @in_all_modes_at_once
 def test_more_than_max_clients_are_told_busy(mode, folder):
-    with serve(mode, folder, "--max-clients", "2") as server:
+    with serve(mode, folder, "--max-clients", "2", patch="import ftp_server; ftp_server.HEADER_TIME = 0.5") as server:
         with server.peer() as one, server.peer() as two:
             assert one.hello()["ok"] and two.hello()["ok"]
             with server.peer() as framed, server.peer() as classic:
@@ -2458,6 +2458,8 @@ def test_more_than_max_clients_are_told_busy(mode, folder):
                 assert framed.closed()
                 classic.send("get|x|0")
                 assert classic.closed()
+            with server.peer() as silent:  # has less time than one that is served
+                assert silent.rest() == b""
             assert one.hello()["ok"] and two.put("x", b"x")["ok"]
         wait_for(server.alive, 5)
 
