@@ -2464,6 +2464,13 @@ def test_more_than_max_clients_are_told_busy(mode, folder):
         wait_for(server.alive, 5)
 
 
+def test_event_loop_turns_away_what_its_selector_can_not_take(tmp_path):
+    with serve("selectors", tmp_path, patch="import ftp_server; ftp_server.SELECTED = 1") as server:
+        with server.peer() as one, server.peer() as two:
+            assert one.hello()["ok"] and two.line()["code"] == "busy" and one.hello()["ok"]
+        wait_for(server.alive, 5)
+
+
 # ==== Concurrency: nobody waits for another =========================================================================
 
 
@@ -5235,6 +5242,28 @@ def test_server_that_reads_nothing_and_says_a_little_again_and_again_is_given_up
         finally:
             ended.set()
     assert done.code == 1 and done.err.startswith("d/00: given up: ")
+
+
+def test_classic_answer_in_pieces_is_one_answer(work):
+    with listen() as listener, ThreadPoolExecutor(1) as pool:
+        def talk():
+            with Peer(listener.accept()[0]) as peer:
+                assert peer.read(7) == b"get|x|0"
+                peer.dribble(b"YES|10", 0.1)
+                assert peer.read(13) == b"second_active"
+                peer.send(b"1234567890")
+        talking = pool.submit(talk)
+        done = client(listener.getsockname()[1], "--classic", "get", "x", cwd=work, patch="import ftp_client; ftp_client.QUIET_TIME = 1")
+        talking.result(PATIENCE)
+    assert done.code == 0 and tree(work) == {"x": b"1234567890"}
+
+
+@posix
+def test_connection_that_the_server_has_ended_while_idle_is_made_again_without_a_word(work, tmp_path):
+    with serve("selectors", tmp_path, "--timeout", "0.2") as server:
+        server.serves("x", b"hello")
+        done = client(server, "--retries", "0", cwd=work, given="ls\n!sleep 0.6\nls\n")
+    assert (done.code, done.err) == (0, "") and done.out.count("x\n") == 2
 
 
 @pytest.mark.parametrize("answer, patch, options, told", [
