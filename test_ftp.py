@@ -4469,6 +4469,25 @@ def test_files_that_cannot_be_stored_here_cost_no_connection(lone, work, tmp_pat
     assert lone.log()[start:].count(" connected") == 1 and lone.log()[start:].count(" get ") == 40
 
 
+def test_large_file_that_cannot_be_stored_here_is_not_read_to_its_end(work, tmp_path):
+    sent, faults = [], Faults(tmp_path)
+    faults.arm("raise", ["write"], error=errno.ENOSPC)
+
+    def get(peer, header):
+        if header["name"] == "small":
+            return get_ten(peer, header)
+        peer.send({"ok": True, "size": 64 * MIB, "offset": 0, "mtime": 0})
+        while len(sent) < 64:
+            peer.send(bytes(MIB))
+            sent.append(MIB)
+        peer.send({"ok": True, "sha256": sha(bytes(64 * MIB))})
+
+    with fake_server(get=get) as (port, headers):
+        done = client(port, "get", "big", "small", cwd=work, faults=faults)
+    assert done.code == 1 and "1 of 2 done" in done.err and len(sent) < 64
+    assert tree(work) == {"small": b"1234567890"}
+
+
 @early
 @in_all_modes_at_once
 def test_slow_disk_here_does_not_make_the_server_think_that_nobody_is_there(mode, folder):
