@@ -2450,7 +2450,7 @@ def test_upload_under_way_in_another_server_is_busy(mode, folder):
 
 @in_all_modes_at_once
 def test_more_than_max_clients_are_told_busy(mode, folder):
-    with serve(mode, folder, "--max-clients", "2", patch="import ftp_server; ftp_server.HEADER_TIME = 0.5") as server:
+    with serve(mode, folder, "--max-clients", "2", patch="import ftp_server; ftp_server.HEADER_TIME = 1") as server:
         with server.peer() as one, server.peer() as two:
             assert one.hello()["ok"] and two.hello()["ok"]
             with server.peer() as framed, server.peer() as classic:
@@ -5279,9 +5279,9 @@ def test_classic_answer_in_pieces_is_one_answer(work):
 
 @posix
 def test_connection_that_the_server_has_ended_while_idle_is_made_again_without_a_word(work, tmp_path):
-    with serve("selectors", tmp_path, "--timeout", "0.2") as server:
+    with serve("selectors", tmp_path, "--timeout", "0.5") as server:
         server.serves("x", b"hello")
-        done = client(server, "--retries", "0", cwd=work, given="ls\n!sleep 0.6\nls\n")
+        done = client(server, "--retries", "0", cwd=work, given="ls\n!sleep 1.2\nls\n")
     assert (done.code, done.err) == (0, "") and done.out.count("x\n") == 2
 
 
