@@ -1985,16 +1985,17 @@ def main(argv=None):
     try:
         options = parse_args(argv)
         client = FtpClient(options.host, options.port, options)
-        if options.find:
-            return show_servers(options)
-        if not options.command or options.command[0] in ("put", "get", "ls"):
-            client.create_socket()
-        if options.command:
-            return 0 if run_command(client, options.command) else 1
-        if not options.quiet:
-            say("connected to %s port %d; help lists the commands" % client.port)
-        command_fanout(client)
-        return 0
+        with contextlib.closing(client):
+            if options.find:
+                return show_servers(options)
+            if not options.command or options.command[0] in ("put", "get", "ls"):
+                client.create_socket()
+            if options.command:
+                return 0 if run_command(client, options.command) else 1
+            if not options.quiet:
+                say("connected to %s port %d; help lists the commands" % client.port)
+            command_fanout(client)
+            return 0
     except Usage as error:
         note(str(error))
         return 2
@@ -2004,9 +2005,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         note(client.stopped() if client else "stopped")
         return 130
-    finally:
-        if client:
-            client.close()
 
 
 if __name__ == "__main__":

@@ -5493,6 +5493,12 @@ def test_word_that_ends_a_session_may_be_the_command(work):
     assert client(1, "exit", "now", cwd=work).code == 2
 
 
+def test_ctrl_c_when_all_is_done_is_no_traceback(lone, work):
+    patch = "import ftp_client\ndef close(self): raise KeyboardInterrupt\nftp_client.FtpClient.close = close"
+    done = client(lone, "ls", cwd=work, patch="import warnings; warnings.simplefilter('ignore'); " + patch)
+    assert done == (130, "", "stopped\n")
+
+
 @posix
 def test_ctrl_c_in_a_shell_command_that_is_the_command(work):
     for command in ("!kill -INT $$", "!exit 130"):  # the latter is what a shell says of a command that it ended
