@@ -658,6 +658,8 @@ class Target:
                 pass
         if os.name != "nt":
             os.fsync(fd)
+            if not self.has_name(os.fstat(fd)):     # another file may have it now
+                raise Failed("%s was removed meanwhile: try again" % self.partial)
         stored, duplicate = self.rename(replace)
         self.file.close()
         self.file = None
@@ -1175,6 +1177,9 @@ class FtpClient:
                     self.turn()
                 except (Broken, Unreachable) as error:
                     self.ask_again()
+                    if not self.todo:           # all answers came before it broke
+                        self.close()
+                        break
                     self.window = 1             # what is sent in vain must not use up each connection
                     if not self.recover(error):
                         job = self.todo.popleft()

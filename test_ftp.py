@@ -4421,6 +4421,30 @@ def test_file_that_always_breaks_the_connection_fails_alone(work):
     assert asked_for(headers) == {"bad": 3, "worse": 2, "unlucky": 2, "good": 1}
 
 
+@pytest.mark.parametrize("retries", ["0", "5"])
+def test_connection_that_breaks_behind_the_last_answer_is_not_made_again(work, retries):
+    fill(work, {"d/%d" % number: content(250000, number) for number in range(5)})
+    ended = threading.Event()
+
+    def put(peer, header):
+        if header["name"] != "d/4":
+            peer.read(header["size"])
+            peer.line()
+            return
+        peer.send(*[{"ok": False, "code": "denied", "error": "not today"}] * 5)
+        peer.sock.shutdown(socket.SHUT_WR)
+        ended.wait(4 * PATIENCE)
+
+    with fake_server(put=put) as (port, headers):
+        try:
+            done = client(port, "put", "-r", "d", "--retries", retries, cwd=work,
+                          patch="import ftp_client; ftp_client.LOOPBACK_BUFFER = 16384")
+        finally:
+            ended.set()
+    assert done.code == 1 and done.err.count("not today") == 5 and "0 of 5 done" in done.err
+    assert "interrupted" not in done.err and len(headers) == 6
+
+
 def test_put_that_breaks_the_connection_among_many_fails_alone(work):
     def put(peer, header):
         if header["name"] == "d/20":
@@ -4617,6 +4641,22 @@ def test_local_folders_nested_too_deeply_are_one_line(work):
         assert done.err.count("\n") == 1 and "inside one another" in done.err
     else:
         assert headers[-1]["cmd"] == "mkdir"
+
+
+@posix
+@pytest.mark.parametrize("replace", [False, True])
+def test_partial_file_that_another_took_the_name_of_is_not_published(tmp_path, replace):
+    target = ftp_client.Target(str(tmp_path / "x"))
+    target.open()
+    target.file.write(b"whole")
+    os.unlink(target.partial)
+    with pytest.raises(ftp_client.Failed, match="removed"):
+        target.publish(None, replace)
+    fill(tmp_path, {os.path.basename(target.partial): b"ha"})
+    with pytest.raises(ftp_client.Failed, match="removed"):
+        target.publish(None, replace)
+    target.close()
+    assert tree(tmp_path, hidden=True) == {os.path.basename(target.partial): b"ha"}
 
 
 @posix
