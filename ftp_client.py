@@ -387,9 +387,10 @@ class Link:
 
     def answer(self, patience=0):
         """Read one answer. Raises Refusal where the server says no."""
-        message = decode(self.read_line(patience))
+        line = self.read_line(patience)
         if self.explain:
-            self.explain("<-", json.dumps(message))
+            self.explain("<-", line.decode("utf-8", "replace").rstrip())
+        message = decode(line)
         if message.get("ok") is True:
             return message
         code, text = message.get("code"), message.get("error")
@@ -892,7 +893,7 @@ class Put(Job):
             self.resize(before.st_size)
             link = self.client.link
             self.client.classic_request("put|%s|%d" % (self.name, self.size))
-            if self.client.classic_answer(rb"OK") is None:
+            if self.client.classic_answer(rb"OK", b"OK") is None:
                 raise Refusal("refused", "the server did not say OK")
             self.went_on_at(0)
             self.client.payload("->", self.size)
@@ -942,6 +943,8 @@ class Get(Job):
         super().__init__(client, name, size)
         if UNFINISHED.fullmatch(os.path.basename(path)):
             raise Refusal("bad-name", "a get that was never finished left it there")
+        if replace and os.path.isdir(path):
+            raise Refusal("bad-name", "%s is a folder here" % path)
         self.target, self.replace = Target(path), replace
         self.asked = None           # (length, digest) of what is here already and was told to the server
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
@@ -1053,7 +1056,7 @@ class Get(Job):
         if "|" in self.name:
             raise Failed("the classic dialect can't ask for a name with |")
         self.client.classic_request("get|%s|0" % self.name)
-        match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0")
+        match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0", b"YES|", b"NO|0")
         if match is None or match.group(1) is None:
             raise Refusal("not-found", "the server has no such file" if match else "the server answered nonsense")
         self.resize(int(match.group(1)))
@@ -1253,25 +1256,26 @@ class FtpClient:
         self.show("->", text)
         self.link.send(text.encode("utf-8"))
 
-    def classic_answer(self, pattern):
-        """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None."""
-        self.link.flush()
-        while len(self.link.ahead) < 64:
-            match = re.fullmatch(pattern, bytes(self.link.ahead))
-            try:
-                if not match or wait_for(self.link.sock, READ, QUIET_TIME):
-                    self.link.fill(min(HEADER_TIME, self.options.timeout) if self.link.ahead else None)
-                    continue
-            except Broken as error:
-                if isinstance(error, HungUp) and not self.link.ahead:
-                    raise Refusal("refused", "the server hung up: that is a no, or it is no ftp_server.py") from None
-                if not self.link.ahead:
-                    raise
-            if match:
-                self.show("<-", match.group().decode("ascii"))
-                self.link.ahead.clear()
-            return match
-        return None
+    def classic_answer(self, pattern, *openings):
+        """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None.
+
+        What doesn't match the pattern yet is waited for while it begins one of the openings."""
+        link = self.link
+        try:
+            while (wait_for(link.sock, READ, QUIET_TIME) if re.fullmatch(pattern, bytes(link.ahead))
+                   else any(opening.startswith(bytes(link.ahead)) for opening in openings)):
+                link.fill()
+                link.deadline = min(link.deadline, time.monotonic() + HEADER_TIME)
+        except Broken as error:
+            if isinstance(error, HungUp) and not link.ahead:
+                raise Refusal("refused", "the server hung up: that is a no, or it is no ftp_server.py") from None
+            if not link.ahead:
+                raise
+        finally:
+            link.deadline = math.inf
+        said = link.take(len(link.ahead))
+        self.show("<-", said.decode("utf-8", "replace"))
+        return re.fullmatch(pattern, said)
 
     def do_classic(self, job):
         """One job, one connection: the original server mixes up the files of a connection."""
@@ -1628,7 +1632,7 @@ def add_job(jobs, kind, client, *args):
 def do_get(client, options, names):
     """get NAME... [-r] [-f] [-o PATH]   fetch files; -r: folders too, -f: replace, -o: under that name or into that folder"""
     out = local(options.get("-o", ""))
-    if out.endswith(("/", os.sep)):
+    if out and os.path.basename(out) in ("", os.curdir, os.pardir):
         os.makedirs(out, exist_ok=True)
     found, jobs = {}, []
     for name in names:
@@ -1893,7 +1897,7 @@ class Completer:
         folder = word.rpartition("/")[0]
         prefix = folder + "/" if folder else ""
         return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in self.client.ls_once(folder)
-                if (prefix + entry["name"]).startswith(word)]
+                if (prefix + entry["name"]).startswith(word) and entry["name"].isprintable()]     # readline escapes nothing
 
 
 # ==== Command line ========================================================================================

@@ -3633,6 +3633,16 @@ def test_explaining_client_shows_what_it_really_sends(work):
     assert "secret" not in done.err + done.out
 
 
+@cases("answer, shown", {"no JSON": ("\xe9\x1b[2J", "\xe9\\x1b[2J"), "no UTF-8": (b"\xff", "\ufffd"), "no answer": ("[1, 2]", "[1, 2]")})
+def test_explaining_client_shows_nonsense_as_it_came(work, answer, shown):
+    def get(peer, header):
+        peer.send(answer, b"\r\n")
+
+    with fake_server(get=get) as (port, headers):
+        done = client(port, "--explain", "get", "x", cwd=work)
+    assert done.code == 1 and messages(done, "<-")[-1] == shown
+
+
 def test_explaining_client_shows_resume_mkdir_and_refusals(server, work):
     name, folder = unique(), unique("d")
     fill(work, {name: content(MIB), folder: None})
@@ -4037,13 +4047,14 @@ def test_folder_comes_down_whole_with_r(lone, work):
     "whole folder": (["-r", ".", "-o", "new"], "-o must name a folder"),
     "folders without -r": (["d*"], "d: a folder: use get -r"),
     "folder in the way": (["-r", "d", "-o", "there"], "Not a directory"),
+    "folder in a file's way": (["-f", "x"], "x: x is a folder here"),
 })
 def test_get_that_can_not_be_done_as_asked_is_told_and_does_not_mix_files_up(lone, work, arguments, problem):
     fill(lone.download, {"x": b"x", "d/d2/y": b"y"})
-    fill(work, {"there/d": b"a file"})
+    fill(work, {"there/d": b"a file", "x": None})
     done = client(lone, "get", *arguments, cwd=work)
     assert done.code in (1, 2) and problem in done.err
-    assert tree(work, hidden=True) == {"there": None, "there/d": b"a file"}
+    assert tree(work, hidden=True) == {"there": None, "there/d": b"a file", "x": None}
 
 
 def test_what_can_not_be_done_does_not_keep_the_rest_of_a_get_back(lone, work):
@@ -4067,6 +4078,7 @@ def test_pattern_takes_no_hidden_file_and_a_folder_that_is_missing_is_made(lone,
     assert tree(work, hidden=True) == {"new": None, "new/x": b"one"}
     assert client(lone, "get", ".*", cwd=work).code == 0 and (work / ".hidden").read_bytes() == b"two"
     assert client(lone, "get", "-f", "x", "-o", "new", cwd=work).out == "x: saved as %s\n" % os.path.join("new", "x")
+    assert client(lone, "get", "x", "-o", "other/.", cwd=work).code == 0 and (work / "other" / "x").read_bytes() == b"one"
 
 
 def test_help_tells_of_all_that_it_lists(work):
@@ -5323,23 +5335,25 @@ def test_connection_that_the_server_has_ended_while_idle_is_made_again_without_a
     assert (done.code, done.err) == (0, "") and done.out.count("x\n") == 2
 
 
-@pytest.mark.parametrize("answer, patch, options, told", [
-    (b"NO|1", "import ftp_client; ftp_client.HEADER_TIME = 0.3", [], "nonsense"),
-    (b"NO|1", "import ftp_client; ftp_client.HEADER_TIME = 1e6", ["--timeout", "0.3"], "nonsense"),
-    (None, "", [], "hung up"),
-], ids=["for good", "for now", "no answer"])
-def test_classic_answer_that_is_none_is_told(work, answer, patch, options, told):
+@pytest.mark.parametrize("answer, pause, options, told", [
+    (b"NO|1", 0, [], ["<- NO|1", "x: the server answered nonsense"]),
+    (b"\x1b", 0, [], ["<- \\x1b", "x: the server answered nonsense"]),
+    (b"YE", 0.8, [], ["<- YE", "x: the server answered nonsense"]),
+    (b"YE", 0, ["--timeout", "0.3"], ["<- YE", "x: the server answered nonsense"]),
+    (b"", 0, [], ["x: the server hung up: that is a no, or it is no ftp_server.py"]),
+], ids=["none", "no text", "never whole", "silent", "no answer"])
+def test_classic_answer_that_is_none_is_told_at_once(work, answer, pause, options, told):
     with listen() as listener, ThreadPoolExecutor(1) as pool:
         def talk():
-            with contextlib.closing(listener.accept()[0]) as sock:
-                sock.recv(1000)
-                if answer:
-                    sock.sendall(answer)
-                    assert sock.recv(1000) == b""
+            with Peer(listener.accept()[0]) as peer:
+                assert peer.read(7) == b"get|x|0"
+                peer.dribble(answer, pause)
+                assert not answer or peer.closed()
         talking = pool.submit(talk)
-        done = client(listener.getsockname()[1], "--classic", "get", "x", *options, cwd=work, patch=patch)
+        done = client(listener.getsockname()[1], "--classic", "--explain", "get", "x", *options, cwd=work,
+                      patch="import ftp_client; ftp_client.HEADER_TIME = 1")
         talking.result(PATIENCE)
-    assert done.code == 1 and told in done.err and done.err.count("\n") == 1
+    assert done.code == 1 and done.err.splitlines() == ["-> get|x|0"] + told
 
 
 @pytest.mark.parametrize("command, answer, code, told", [
@@ -5729,7 +5743,7 @@ def test_ctrl_c_ends_the_transfer_and_not_the_session(lone, work):
 @terminal
 def test_tab_completes_commands_local_names_and_remote_names(lone, work):
     fill(work, {"localfile.txt": b"up", "sub/inner.txt": b"inner"})
-    fill(lone.download, {"remotefile.txt": b"down", "folder/deep.txt": b"deep"})
+    fill(lone.download, {"remotefile.txt": b"down", "folder/deep.txt": b"deep", "folder/dee\u202ep": b"", "remote\x1b[2J": b""})
     pytest.importorskip("readline")
     with Terminal(lone.port, work) as term:
         term.expect(">>>")
