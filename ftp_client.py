@@ -277,7 +277,6 @@ class Link:
         self.sock, self.timeout, self.explain = sock, timeout, explain
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
-        self.failed = None          # the Broken that ended sending: who knows how much of a message has gone
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.buffer = None          # of read(), made when it is first needed
 
@@ -301,16 +300,8 @@ class Link:
 
     def flush(self):
         """Send all that is owed."""
-        if self.failed:
-            raise self.failed
-        view, sent = memoryview(self.owed), 0
-        self.owed = bytearray()
-        try:
-            while sent < len(view):
-                sent += self.push(self.sock.send, view[sent:])
-        except Broken as error:
-            self.failed = error
-            raise
+        while self.owed:
+            del self.owed[:self.push(self.sock.send, self.owed)]
 
     def push(self, operation, *args):
         """Do a sending operation when the socket takes some bytes; how many it took."""
