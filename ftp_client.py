@@ -713,9 +713,6 @@ class Job:
         self.client, self.name, self.size = client, name, size      # the name on the wire
         self.hashed = None, None    # what hash_once() has hashed last, and the digest
 
-    def ask_first(self):
-        """Note that the line is bad: what is there already is worth a question."""
-
     def drop(self):
         """Let go of what is open."""
 
@@ -767,9 +764,6 @@ class Put(Job):
                 self.send_at_once(file, before)
             else:
                 raise Failed("the file grew meanwhile: try again")
-
-    def ask_first(self):
-        self.alone = self.size > TINY
 
     def header(self, mtime, **more):
         verify = {} if self.client.verify else {"verify": False}
@@ -1070,8 +1064,7 @@ class FtpClient:
         self.options, self.verify = options, not options.no_verify
         self.classic, self.greeted = options.classic, False
         self.link, self.tries, self.window = None, 0, WINDOW
-        self.todo, self.under_way = collections.deque(), collections.deque()
-        self.named = 0                          # characters of the names under way
+        self.asked = 0                          # of the jobs to do so many, the first ones, are under way
         self.failed = []                        # what the command that runs could not do
         self.left_out = []                      # what a listing holds that we could not ask for or must not show
         self.bar = Bar(0, 0, False)
@@ -1080,7 +1073,7 @@ class FtpClient:
 
     def create_socket(self):
         """Connect and say hello, unless there is a connection that still lives. Raises Unreachable."""
-        if self.link and not self.under_way and self.link.answered():
+        if self.link and not self.asked and self.link.answered():
             self.close()                        # idle for too long: the server has said goodbye
         if self.link:
             return
@@ -1089,6 +1082,7 @@ class FtpClient:
         except (OSError, UnicodeError) as error:
             raise Unreachable(advice(error, self.port, self.options.timeout)) from None
         self.link = Link(sock, self.options.timeout, self.show if self.options.explain else None)
+        self.asked = 0                          # what was under way has to be asked for again
         if not self.classic:
             self.greet(self.link)
 
@@ -1166,14 +1160,15 @@ class FtpClient:
         try:
             if jobs:
                 self.create_socket()            # a server that has gone while nothing was moved is not waited for
-            while self.todo or self.under_way:
+            while self.todo:
                 try:
                     self.turn()
                 except (Broken, Unreachable) as error:
-                    self.ask_again()
                     if not self.todo:           # all answers came before it broke
                         self.close()
                         break
+                    if self.todo[0].size > TINY:    # what is there of it already is worth a question from now on
+                        self.todo[0].alone = True
                     self.window = 1             # what is sent in vain must not use up each connection
                     if not self.recover(error):
                         job = self.todo.popleft()
@@ -1187,7 +1182,6 @@ class FtpClient:
             self.close()
             raise
         finally:
-            self.ask_again()
             for job in self.todo:
                 job.drop()
             self.bar.clear()
@@ -1200,48 +1194,47 @@ class FtpClient:
     def turn(self):
         """Ask for as many files as may be under way, then take answers until half of them are done."""
         self.create_socket()
-        if self.classic:
-            return self.do_classic(self.todo.popleft())
+        if self.classic:                    # one job, one connection: the original mixes up the files of a connection
+            self.asked = 1
+            self.take_answer()
+            return self.close()
         try:
-            while self.link and self.may_ask():
+            names = sum(len(job.name) for job in itertools.islice(self.todo, self.asked))
+            while self.link and names < NAMES and self.may_ask():
+                names += len(self.todo[self.asked].name)
                 self.ask_next()
             if self.link:
                 self.link.flush()
         except Broken:
-            while self.under_way and self.link and self.link.answered():    # what came before it broke counts
+            while self.asked and self.link and self.link.answered():    # what came before it broke counts
                 self.take_answer()
             raise
-        more = self.todo and not self.todo[0].alone
-        rest = len(self.under_way) // 2 if more else 0
-        while len(self.under_way) > rest:
+        rest = self.asked // 2
+        while self.link and self.asked > rest:
             self.take_answer()
 
     def may_ask(self):
         """Tell whether the next file may be asked for before the first answer is taken."""
-        if not (self.todo and self.under_way):
-            return bool(self.todo)
-        alone = self.todo[0].alone or self.under_way[-1].alone
-        return not alone and len(self.under_way) < self.window and self.named < NAMES
+        if self.asked in (0, len(self.todo)):
+            return self.asked < len(self.todo)
+        alone = self.todo[self.asked].alone or self.todo[self.asked - 1].alone
+        return not alone and self.asked < self.window
 
     def ask_next(self):
-        job = self.todo.popleft()
-        self.under_way.append(job)
-        self.named += len(job.name)
+        self.asked += 1
+        job = self.todo[self.asked - 1]
         if not self.attempt(job, job.ask):
-            self.named -= len(self.under_way.pop().name)
-        if not self.link:
-            self.ask_again()
+            self.asked -= 1
+            del self.todo[self.asked]
 
     def take_answer(self):
         """Finish the file that was asked for first."""
-        job = self.under_way[0]
-        done = self.attempt(job, job.finish)
-        self.under_way.popleft()
-        self.named -= len(job.name)
+        job = self.todo[0]
+        done = self.attempt(job, job.classic if self.classic else job.finish)
+        self.todo.popleft()
+        self.asked -= 1
         if done:
             self.tell(job)
-        if not self.link:
-            self.ask_again()
 
     def classic_request(self, text):
         self.show("->", text)
@@ -1268,15 +1261,6 @@ class FtpClient:
         self.show("<-", said.decode("utf-8", "replace"))
         return re.fullmatch(pattern, said)
 
-    def do_classic(self, job):
-        """One job, one connection: the original server mixes up the files of a connection."""
-        self.under_way.append(job)
-        done = self.attempt(job, job.classic)
-        self.under_way.popleft()
-        self.close()
-        if done:
-            self.tell(job)
-
     def attempt(self, job, step):
         """Do a step of a job; False where it failed for good. What it leaves in the stream is read, or goes with the
         link."""
@@ -1291,14 +1275,6 @@ class FtpClient:
             self.fail(job.name, reason(error))
         job.drop()
         return False
-
-    def ask_again(self):
-        """What was under way has to be asked for again, over a new connection."""
-        for job in self.under_way:
-            job.ask_first()
-        self.todo.extendleft(reversed(self.under_way))
-        self.under_way.clear()
-        self.named = 0
 
     def fail(self, label, why):
         self.failed.append(label)
