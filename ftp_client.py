@@ -69,19 +69,19 @@ BAR_TIME = 0.1             # seconds between two drawings of the progress bar, a
 
 # ==== Errors ==========================================================================================
 
-class Refusal(Exception):
-    """The server, or a check before it, says no to one file; the next may go well."""
+class Failed(Exception):
+    """One file can't be sent, fetched or stored; str() says why. The next may go well."""
+
+
+class Refusal(Failed):
+    """The server, or a check before it, says no."""
 
     def __init__(self, code, text):
         super().__init__(text)
         self.code = code
 
 
-class Failed(Exception):
-    """One file can't be sent or stored here; str() says why."""
-
-
-class BadMessage(Exception):
+class BadMessage(Failed):
     """What arrived is not a message, or a field of it is not what it must be."""
 
 
@@ -1028,7 +1028,7 @@ class Get(Job):
         coming, self.coming = self.coming, None
         if coming is None:
             return True
-        with contextlib.suppress(Broken, BadMessage, Refusal):
+        with contextlib.suppress(Broken, Failed):
             while 0 < coming <= SMALL:
                 coming -= len(self.client.link.read(coming))
             if not coming:
@@ -1099,14 +1099,9 @@ class FtpClient:
                 note("the server hung up on the framed hello: speaking the classic dialect")
                 self.classic = True
                 return self.create_socket()
-            if isinstance(error, BadMessage):
-                raise Unreachable("what answers at %s port %d is no ftp_server.py: check the port"
-                                  % self.port) from None
-            if isinstance(error, Refusal):
-                raise Unreachable("%s port %d says no: %s" % (self.port + (error,))) from None
-            if isinstance(error, Broken):
+            if isinstance(error, (Failed, Broken)):
                 raise Unreachable("no welcome from %s port %d (%s): check the port, or try again later"
-                                  % (self.port + (error,))) from None
+                                  % (self.port + (reason(error),))) from None
             raise
 
     def close(self):
@@ -1267,9 +1262,7 @@ class FtpClient:
         try:
             step()
             return True
-        except Refusal as error:
-            self.fail(job.name, error)
-        except (Failed, BadMessage, OSError, RecursionError) as error:
+        except (Failed, OSError, RecursionError) as error:
             if isinstance(error, BadMessage) or not job.read_past():
                 self.close()
             self.fail(job.name, reason(error))
@@ -1351,7 +1344,7 @@ class FtpClient:
             name, _, entry["mtime"] = fields(entry, "name", "size", "mtime")
             entry["parts"] = split_name(name)
             return entry if entry.get("type") in ("file", "dir") else None
-        except (BadMessage, Refusal) as error:
+        except Failed as error:
             self.left_out.append("%s of the listing is left out: %s" % (name, error))
             return None
 
@@ -1605,14 +1598,14 @@ def do_get(client, options, names):
     for name in names:
         try:
             found.update((entry["name"], entry) for entry in entries_of(client, typed(name), "-r" in options))
-        except (Refusal, Failed, BadMessage, re.error) as error:
+        except (Failed, re.error) as error:
             client.fail(name, reason(error))
     if len(found) > 1 and out and not os.path.isdir(out):
         raise Usage("-o must name a folder that exists, for several files")
     for name, entry in found.items():
         try:
             add_get(client, entry, options, out, jobs)
-        except (Refusal, Failed, BadMessage, OSError, RecursionError) as error:
+        except (Failed, OSError, RecursionError) as error:
             client.fail(name, reason(error))
     return client.run(one_for_each_path(client, jobs) if "-f" in options else jobs)
 
@@ -1779,7 +1772,7 @@ def run_command(client, words):
         for text in client.left_out:
             note(text)
         return well and not client.left_out
-    except (Refusal, Failed, Unreachable, BadMessage, OSError, RecursionError, ValueError) as error:
+    except (Failed, Unreachable, OSError, RecursionError, ValueError) as error:
         note(reason(error))                     # ValueError: a name that the system can't even be asked for
     return False
 
@@ -1827,7 +1820,7 @@ class Completer:
     def complete(self, text, number):
         """The number-th completion of text, the last word of the line; None behind the last one."""
         if number == 0:
-            with contextlib.suppress(Refusal, Failed, Broken, Unreachable, BadMessage, OSError):
+            with contextlib.suppress(Failed, Broken, Unreachable, OSError):
                 self.found = []
                 self.found = self.candidates(text, self.readline.get_line_buffer()[:self.readline.get_endidx()])
         return self.found[number] if number < len(self.found) else None
