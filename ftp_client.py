@@ -270,11 +270,11 @@ def fields(message, *names):
 class Link:
     """A connected socket that blocks, but no wait takes longer than timeout seconds. Raises Broken."""
 
-    def __init__(self, sock, timeout, explain=None):
+    def __init__(self, sock, timeout, show):
         with contextlib.suppress(OSError):      # reset already: the first use will tell
             tune(sock, sock.getpeername()[0])
         sock.settimeout(timeout)
-        self.sock, self.timeout, self.explain = sock, timeout, explain
+        self.sock, self.timeout, self.show = sock, timeout, show
         self.ahead = bytearray()    # read, not used yet
         self.owed = bytearray()     # not sent yet
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
@@ -331,9 +331,9 @@ class Link:
                 raise Broken("a header was not complete in %g seconds" % HEADER_TIME)
 
     def request(self, **message):
-        if self.explain:
-            self.explain("->", json.dumps(message))
-        self.send(encode(message))
+        line = encode(message)
+        self.show("->", line)
+        self.send(line)
 
     def fill(self, seconds=None):
         """Read more of the stream ahead, after all that is owed was sent."""
@@ -379,8 +379,7 @@ class Link:
     def answer(self, patience=0):
         """Read one answer. Raises Refusal where the server says no."""
         line = self.read_line(patience)
-        if self.explain:
-            self.explain("<-", line.decode("utf-8", "replace").rstrip())
+        self.show("<-", line)
         message = decode(line)
         if message.get("ok") is True:
             return message
@@ -1081,7 +1080,7 @@ class FtpClient:
             sock = socket.create_connection(self.port, self.options.timeout)
         except (OSError, UnicodeError) as error:
             raise Unreachable(advice(error, self.port, self.options.timeout)) from None
-        self.link = Link(sock, self.options.timeout, self.show if self.options.explain else None)
+        self.link = Link(sock, self.options.timeout, self.show)
         self.asked = 0                          # what was under way has to be asked for again
         if not self.classic:
             self.greet(self.link)
@@ -1133,16 +1132,16 @@ class FtpClient:
 
     # ---- what --explain shows ----
 
-    def show(self, direction, text):
+    def show(self, direction, data):
         if self.options.explain:
             self.bar.clear()
-            say("%s %s" % (direction, text), sys.stderr)
+            note("%s %s" % (direction, data.decode("utf-8", "replace").rstrip()))
 
     def step(self, text):
-        self.show("#", text)
+        self.show("#", text.encode("utf-8"))
 
     def payload(self, direction, count):
-        self.show(direction, "%d bytes" % count)
+        self.show(direction, b"%d bytes" % count)
 
     # ---- jobs ----
 
@@ -1232,8 +1231,9 @@ class FtpClient:
             self.tell(job)
 
     def classic_request(self, text):
-        self.show("->", text)
-        self.link.send(text.encode("utf-8"))
+        line = text.encode("utf-8")
+        self.show("->", line)
+        self.link.send(line)
 
     def classic_answer(self, pattern, *openings):
         """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None.
@@ -1253,7 +1253,7 @@ class FtpClient:
         finally:
             link.deadline = math.inf
         said = link.take(len(link.ahead))
-        self.show("<-", said.decode("utf-8", "replace"))
+        self.show("<-", said)
         return re.fullmatch(pattern, said)
 
     def attempt(self, job, step):
