@@ -481,12 +481,6 @@ def size_of(path):
         return 0                                        # opening it will say what is wrong
 
 
-def state(file):
-    """What changes, most likely, when somebody writes to an open file."""
-    info = os.fstat(file.fileno())
-    return info.st_size, info.st_mtime_ns
-
-
 def changed(file, before):
     """Tell whether somebody wrote to an open file since fstat(2) told before.
 
@@ -527,16 +521,13 @@ def same_content(one, other):
     """Tell whether two local files hold the same bytes."""
     try:
         with open_source(one) as first, open_source(other) as second:
-            same = state(first)[0] == state(second)[0]
-            while same:
-                data = first.read(CHUNK)
-                same = data == second.read(CHUNK)
-                if not data:
-                    return same
+            if os.fstat(first.fileno()).st_size != os.fstat(second.fileno()).st_size:
+                return False
+            return all(data == second.read(CHUNK) for data in iter(lambda: first.read(CHUNK), b""))
     except Failed as error:
         if getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
             raise                       # who knows?
-    return False
+        return False
 
 
 def sync_folder(path):
@@ -586,20 +577,15 @@ class Target:
 
     def open(self):
         """Open the partial, made if need be, and lock it against other clients; how long it is."""
+        os.makedirs(self.folder or ".", exist_ok=True)
         while self.file is None:
+            file = io.FileIO(os.open(self.partial, PARTIAL_FLAGS, 0o666), "rb+")
             try:
-                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
-            except FileNotFoundError:
-                os.makedirs(self.folder or ".", exist_ok=True)
-                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
-            file = io.FileIO(fd, "rb+")
-            try:
-                info = self.lock(fd)
+                info = self.lock(file.fileno())
                 named = os.name == "nt" or self.has_name(info)      # Windows keeps an open file's name
                 if named and info.st_nlink == 1:
                     self.file = file
-                    return info.st_size
-                if named:                   # published, and killed before this name was taken away
+                elif named:                 # published, and killed before this name was taken away
                     if os.name == "nt":     # Windows doesn't remove an open file
                         file.close()
                     os.unlink(self.partial)
@@ -784,8 +770,8 @@ class Put(Job):
         self.client.link.request(sha256=self.sha256)
 
     def send_asking(self, file, before):
-        ident = hashlib.sha256("\0".join([socket.gethostname(), os.path.abspath(self.path), repr(state(file))])
-                               .encode("utf-8", "surrogateescape")).hexdigest()
+        what = [socket.gethostname(), os.path.abspath(self.path), str(before.st_size), str(before.st_mtime_ns)]
+        ident = hashlib.sha256("\0".join(what).encode("utf-8", "surrogateescape")).hexdigest()
         offset, digest = self.agree_on_offset(file, ident)
         self.went_on_at(offset)
         self.header(before.st_mtime, offset=offset, id=ident)
