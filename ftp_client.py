@@ -751,8 +751,9 @@ class Put(Job):
                 raise Failed("the file grew meanwhile: try again")
 
     def header(self, mtime, **more):
-        verify = {} if self.client.verify else {"verify": False}
-        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **dict(more, **verify))
+        if not self.client.verify:
+            more["verify"] = False
+        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **more)
 
     def send_at_once(self, file, before):
         data = file.read(self.size + 1)
@@ -766,7 +767,7 @@ class Put(Job):
         self.progress(len(data))
 
     def last_line(self, digest):
-        self.sha256 = digest.hexdigest() if digest and self.client.verify else None
+        self.sha256 = digest.hexdigest() if self.client.verify else None
         self.client.link.request(sha256=self.sha256)
 
     def send_asking(self, file, before):
@@ -952,14 +953,14 @@ class Get(Job):
         self.client.payload("<-", self.coming)
         here = offset and self.target.file is None          # the file under its own name is what goes on
         if here and offset == self.size:
-            self.check(digest if self.client.verify else None)
+            self.check(digest)
             self.outcome = "already here"
             return
         if here:
-            digest = self.copy_here(offset, digest)
+            self.copy_here(offset, digest)
         self.open_at(offset)
         self.receive(offset, digest if self.client.verify else None)
-        self.check(digest if self.client.verify else None)
+        self.check(digest)
         self.store(mtime)
 
     def open_at(self, offset):
@@ -968,18 +969,14 @@ class Get(Job):
             self.target.file.truncate(offset)
             self.target.file.seek(offset)
 
-    def copy_here(self, offset, asked):
-        """Start the partial with what is here under the final name; its digest, which must be the one asked with."""
+    def copy_here(self, offset, digest):
+        """Start the partial with what is here under the final name, which must still be what the digest is of."""
         self.open_at(0)
-        digest = hashlib.sha256()
         with open_source(self.target.path) as source:
             for start in range(0, offset, CHUNK):
-                data = source.read(min(CHUNK, offset - start))
-                digest.update(data)
-                write_all(self.target.file, data)
-        if digest.digest() != asked.digest():
+                write_all(self.target.file, source.read(min(CHUNK, offset - start)))
+        if hash_file(self.target.file, offset).digest() != digest.digest():
             raise Failed("the file here changed meanwhile: try again")
-        return digest
 
     def receive(self, offset, digest):
         while offset < self.size:
@@ -995,10 +992,8 @@ class Get(Job):
         """Read the last line of the answer and compare the hash in it."""
         self.coming = None
         sha256, = fields(self.client.link.answer(work_time(self.size)), "sha256")
-        if digest and sha256 and sha256.lower() != digest.hexdigest():
-            raise Failed("what arrived has another SHA-256 than what was sent")
-        if digest and not sha256:
-            raise BadMessage("no SHA-256 after the file")
+        if self.client.verify and (sha256 or "").lower() != digest.hexdigest():
+            raise Failed("the server does not confirm the SHA-256 of what arrived")
 
     def store(self, mtime):
         path, duplicate = self.target.publish(mtime, self.replace)
