@@ -1093,11 +1093,6 @@ class FtpClient:
         """Take a broken connection up again, with growing pauses; False where that was done often enough already.
 
         Raises Unreachable when there is no connection to be had."""
-        self.close()
-        if self.tries >= self.options.retries:
-            if isinstance(why, Unreachable):
-                raise why
-            return False
         while self.tries < self.options.retries:
             pause = min(FIRST_PAUSE * 2 ** min(self.tries, 9), LAST_PAUSE)
             self.tries += 1
@@ -1109,7 +1104,9 @@ class FtpClient:
                 return True
             except Unreachable as error:
                 why = error
-        raise Unreachable("given up: %s" % why)
+        if isinstance(why, Unreachable):
+            raise Unreachable("given up: %s" % why)
+        return False
 
     # ---- what --explain shows ----
 
@@ -1129,8 +1126,6 @@ class FtpClient:
     def run(self, jobs):
         """Do jobs, many of them under way at a time; go on after a failure. True where all of the command went well."""
         self.todo, self.tries, self.window, self.folders = collections.deque(jobs), 0, WINDOW, set()
-        wanted = len(jobs) + len(self.failed)
-        start = time.monotonic()
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
         try:
             if jobs:
@@ -1139,17 +1134,9 @@ class FtpClient:
                 try:
                     self.turn()
                 except (Broken, Unreachable) as error:
-                    if not self.todo:           # all answers came before it broke
-                        self.close()
-                        break
-                    if self.todo[0].size > TINY:    # what is there of it already is worth a question from now on
-                        self.todo[0].alone = True
-                    self.window = 1             # what is sent in vain must not use up each connection
-                    if not self.recover(error):
-                        job = self.todo.popleft()
-                        job.drop()
-                        self.fail(job.name, "given up: %s" % error)
-                        self.tries = max(0, self.options.retries - 1)       # the next one has a try of its own
+                    self.close()
+                    if self.todo:               # else all answers came before it broke
+                        self.go_on(error)
         except Unreachable as error:
             for job in self.todo:
                 self.fail(job.name, error)
@@ -1162,9 +1149,21 @@ class FtpClient:
             self.bar.clear()
             for folder in self.folders:             # once for all files in it
                 sync_folder(folder)
-        if wanted > 1:
-            self.summary(wanted, time.monotonic() - start)
+        if self.bar.finished + len(self.failed) > 1:
+            self.summary()
         return not self.failed
+
+    def go_on(self, error):
+        """Take a connection that broke up again; if that was done often enough, without the file that is next."""
+        job = self.todo[0]
+        if job.size > TINY:         # what is there of it already is worth a question from now on
+            job.alone = True
+        self.window = 1             # what is sent in vain must not use up each connection
+        if not self.recover(error):
+            self.todo.popleft()
+            job.drop()
+            self.fail(job.name, "given up: %s" % error)
+            self.tries = max(0, self.options.retries - 1)       # the next one has a try of its own
 
     def turn(self):
         """Ask for as many files as may be under way, then take answers until half of them are done."""
@@ -1267,9 +1266,9 @@ class FtpClient:
         """What to say at Ctrl-C."""
         return "stopped" + ("; the same command goes on where it was" if self.bar.files and not self.classic else "")
 
-    def summary(self, wanted, seconds):
-        moved = self.bar.moved
-        text = "%d of %d done, %s in %.1f s, %s/s" % (wanted - len(self.failed), wanted, human(moved), seconds,
+    def summary(self):
+        done, moved, seconds = self.bar.finished, self.bar.moved, time.monotonic() - self.bar.start
+        text = "%d of %d done, %s in %.1f s, %s/s" % (done, done + len(self.failed), human(moved), seconds,
                                                       human(moved / max(seconds, 1e-6)))
         if self.failed:
             note("%s; failed: %s" % (text, ", ".join(self.failed)))
