@@ -77,9 +77,8 @@ class Failed(Exception):
 class Refusal(Failed):
     """The server, or a check before it, says no."""
 
-    def __init__(self, code, text):
+    def __init__(self, code, text):     # the code is for those who answer with it: see the server
         super().__init__(text)
-        self.code = code
 
 
 class BadMessage(Failed):
@@ -456,11 +455,11 @@ PARTIAL_FLAGS = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 
 
 
 def unicode_name(name):
-    """The Unicode form of a local name. Raises Refusal where it has none."""
+    """The Unicode form of a local name. Raises Failed where it has none."""
     try:
         return from_disk(name)
     except ValueError:
-        raise Refusal("bad-name", "%s is not a Unicode name" % name) from None
+        raise Failed("%s is not a Unicode name" % name) from None
 
 
 def open_source(path):
@@ -866,7 +865,7 @@ class Put(Job):
             link = self.client.link
             self.client.classic_request("put|%s|%d" % (self.name, self.size))
             if self.client.classic_answer(rb"OK", b"OK") is None:
-                raise Refusal("refused", "the server did not say OK")
+                raise Failed("the server did not say OK")
             self.went_on_at(0)
             self.client.payload("->", self.size)
             last = max(0, self.size - 1)    # the last byte is held back until it is sure that all fit together
@@ -885,7 +884,7 @@ class Put(Job):
 
 
 def remote_name(path):
-    """The name on the wire for a relative local path. Raises Refusal."""
+    """The name on the wire for a relative local path. Raises Failed."""
     name = "/".join(unicode_name(part) for part in path.split(os.sep))
     split_name(name)
     return name
@@ -914,9 +913,9 @@ class Get(Job):
     def __init__(self, client, name, path, size, replace):
         super().__init__(client, name, size)
         if UNFINISHED.fullmatch(os.path.basename(path)):
-            raise Refusal("bad-name", "a get that was never finished left it there")
+            raise Failed("a get that was never finished left it there")
         if replace and os.path.isdir(path):
-            raise Refusal("bad-name", "%s is a folder here" % path)
+            raise Failed("%s is a folder here" % path)
         self.target, self.replace = Target(path), replace
         self.asked = None           # (length, digest) of what is here already and was told to the server
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
@@ -1024,7 +1023,7 @@ class Get(Job):
         self.client.classic_request("get|%s|0" % self.name)
         match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0", b"YES|", b"NO|0")
         if match is None or match.group(1) is None:
-            raise Refusal("not-found", "the server has no such file" if match else "the server answered nonsense")
+            raise Failed("the server has no such file" if match else "the server answered nonsense")
         self.resize(int(match.group(1)))
         self.client.classic_request("second_active")
         self.client.link.flush()
@@ -1228,7 +1227,7 @@ class FtpClient:
                 link.deadline = min(link.deadline, time.monotonic() + HEADER_TIME)
         except Broken as error:
             if isinstance(error, HungUp) and not link.ahead:
-                raise Refusal("refused", "the server hung up: that is a no, or it is no ftp_server.py") from None
+                raise Failed("the server hung up: that is a no, or it is no ftp_server.py") from None
             if not link.ahead:
                 raise
         finally:
@@ -1557,7 +1556,7 @@ def add_put(client, path, recursive, jobs):
 def add_job(jobs, kind, client, *args):
     try:
         jobs.append(kind(client, *args))
-    except Refusal as error:
+    except Failed as error:
         client.fail(args[0], error)
 
 
