@@ -733,10 +733,10 @@ class Job:
 class Put(Job):
     """Send one local file."""
 
-    def __init__(self, client, path, name, size):
-        super().__init__(client, remote_name(name), size)
+    def __init__(self, client, path, name):
+        super().__init__(client, remote_name(name), size_of(path))
         self.path = path
-        self.alone = size > SMALL
+        self.alone = self.size > SMALL
 
     def ask(self):
         with open_source(self.path) as file:
@@ -1255,6 +1255,14 @@ class FtpClient:
         text = str(why)                         # of this machine's errors many begin with the name
         note(text if text.startswith(label + ": ") else "%s: %s" % (label, text))
 
+    @contextlib.contextmanager
+    def telling(self, label):
+        """Tell what fails in the block, and go on behind it."""
+        try:
+            yield
+        except (Failed, OSError, RecursionError, re.error) as error:
+            self.fail(label, reason(error))
+
     def tell(self, job):
         self.tries, self.window = 0, min(WINDOW, self.window + 1)
         self.bar.finished += 1
@@ -1513,15 +1521,13 @@ def do_put(client, options, names):
     """put FILE... [-r]             send files; -r: folders too"""
     jobs = []
     for name in names:
-        try:
+        with client.telling(name):
             path = local(name)
             found = [path] if os.path.lexists(path) else sorted(glob.glob(path))
             if not found:
                 raise Failed("no such file")
             for path in found:
                 add_put(client, path, "-r" in options, jobs)
-        except (Failed, OSError, RecursionError, re.error) as error:
-            client.fail(name, reason(error))
     return client.run(jobs)
 
 
@@ -1534,7 +1540,9 @@ def add_put(client, path, recursive, jobs):
     """Add the jobs for a local file, or for a folder and all in it."""
     top = os.path.basename(os.path.abspath(path))
     if not (recursive and os.path.isdir(path)):
-        return add_job(jobs, Put, client, path, top, size_of(path))
+        with client.telling(path):
+            jobs.append(Put(client, path, top))
+        return
     unread = []
     for folder, folders, files in os.walk(path, onerror=unread.append):
         inner = os.path.relpath(folder, path)
@@ -1543,21 +1551,15 @@ def add_put(client, path, recursive, jobs):
         links = [link for link in folders if os.path.islink(os.path.join(folder, link))]
         files = sorted(file for file in files if not UNFINISHED.fullmatch(file))    # what a get has begun here
         if not files and len(links) == len(folders):
-            add_job(jobs, MakeFolder, client, name)
+            with client.telling(name):
+                jobs.append(MakeFolder(client, name))
         for file in files:
-            file_path = os.path.join(folder, file)
-            add_job(jobs, Put, client, file_path, os.path.join(name, file), size_of(file_path))
+            with client.telling(os.path.join(folder, file)):
+                jobs.append(Put(client, os.path.join(folder, file), os.path.join(name, file)))
         for link in links:
             client.fail(os.path.join(folder, link), "a link to a folder, left out")
     for error in unread:
         client.fail(error.filename, error.strerror)
-
-
-def add_job(jobs, kind, client, *args):
-    try:
-        jobs.append(kind(client, *args))
-    except Failed as error:
-        client.fail(args[0], error)
 
 
 def do_get(client, options, names):
@@ -1567,17 +1569,13 @@ def do_get(client, options, names):
         os.makedirs(out, exist_ok=True)
     found, jobs = {}, []
     for name in names:
-        try:
+        with client.telling(name):
             found.update((entry["name"], entry) for entry in entries_of(client, typed(name), "-r" in options))
-        except (Failed, re.error) as error:
-            client.fail(name, reason(error))
     if len(found) > 1 and out and not os.path.isdir(out):
         raise Usage("-o must name a folder that exists, for several files")
     for name, entry in found.items():
-        try:
+        with client.telling(name):
             add_get(client, entry, options, out, jobs)
-        except (Failed, OSError, RecursionError) as error:
-            client.fail(name, reason(error))
     return client.run(one_for_each_path(client, jobs) if "-f" in options else jobs)
 
 
@@ -1621,18 +1619,17 @@ def add_get(client, entry, options, out, jobs):
     """Add the jobs for an entry, and for all in it if it is a folder."""
     name, top, replace = entry["name"], local_path(entry["name"], out), "-f" in options
     if entry["type"] == "file":
-        return add_job(jobs, Get, client, name, top, entry["size"], replace)
+        jobs.append(Get(client, name, top, entry["size"], replace))
+        return
     if "-r" not in options:
         raise Failed("a folder: use get -r")
     for inner in client.ls(name, recursive=True):
-        path = os.path.join(top, *map(to_disk, inner["parts"]))
-        if inner["type"] == "dir":
-            try:
+        path, inner_name = os.path.join(top, *map(to_disk, inner["parts"])), name + "/" + inner["name"]
+        with client.telling(inner_name):
+            if inner["type"] == "dir":
                 os.makedirs(path, exist_ok=True)
-            except (OSError, RecursionError) as error:
-                client.fail(name + "/" + inner["name"], reason(error))
-        else:
-            add_job(jobs, Get, client, name + "/" + inner["name"], path, inner["size"], replace)
+            else:
+                jobs.append(Get(client, inner_name, path, inner["size"], replace))
     os.makedirs(top, exist_ok=True)
 
 
