@@ -857,13 +857,11 @@ class Put(Job):
 
     def classic(self):
         """The same in the original's dialect: no offset, no hash, no answer at the end."""
-        if "|" in self.name:
-            raise Failed("the classic dialect can't send a name with |")
         with open_source(self.path) as file:
             before = os.fstat(file.fileno())
             self.resize(before.st_size)
             link = self.client.link
-            self.client.classic_request("put|%s|%d" % (self.name, self.size))
+            self.client.classic_request("put", self.name, str(self.size))
             if self.client.classic_answer(rb"OK", b"OK") is None:
                 raise Failed("the server did not say OK")
             self.went_on_at(0)
@@ -1018,9 +1016,7 @@ class Get(Job):
 
     def classic(self):
         """The same in the original's dialect: all from the start, without a hash."""
-        if "|" in self.name:
-            raise Failed("the classic dialect can't ask for a name with |")
-        self.client.classic_request("get|%s|0" % self.name)
+        self.client.classic_request("get", self.name, "0")
         match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0", b"YES|", b"NO|0")
         if match is None or match.group(1) is None:
             raise Failed("the server has no such file" if match else "the server answered nonsense")
@@ -1210,8 +1206,10 @@ class FtpClient:
         if done:
             self.tell(job)
 
-    def classic_request(self, text):
-        line = text.encode("utf-8")
+    def classic_request(self, *words):
+        if any("|" in word for word in words):
+            raise Failed("the classic dialect has no names with |")
+        line = "|".join(words).encode("utf-8")
         self.show("->", line)
         self.link.send(line)
 
@@ -1374,7 +1372,7 @@ def advice(error, address, timeout):
 
 # ==== Discovery: which servers are there? ===================================================================
 
-def find_servers(address, port_number, explain):
+def find_servers(address, port_number, show):
     """Ask by one UDP datagram, wait FIND_TIME; the answers: a list of (address, port, mode, host name)."""
     family, _, _, _, target = socket.getaddrinfo(address, port_number, type=socket.SOCK_DGRAM)[0]
     found, limit = set(), time.monotonic() + FIND_TIME
@@ -1382,14 +1380,14 @@ def find_servers(address, port_number, explain):
         if family == socket.AF_INET:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         request = encode({"cmd": "discover"}).ljust(FIND_SIZE)
-        explain("-> %s, padded to %d bytes" % (request.decode("ascii").strip(), len(request)))
+        show("->", request)
         sock.sendto(request, target)
         while len(found) < 1000 and time.monotonic() < limit:
             sock.settimeout(max(0.001, limit - time.monotonic()))
             try:
                 data, sender = sock.recvfrom(CHUNK)
+                show("<-", data)
                 answer = decode(data)
-                explain("<- %s from %s" % (json.dumps(answer), sender[0]))
             except socket.timeout:
                 break
             except (OSError, BadMessage):           # on Windows an unreachable port ends up here
@@ -1401,10 +1399,10 @@ def find_servers(address, port_number, explain):
     return sorted(found)
 
 
-def show_servers(options):
+def show_servers(options, show):
     """Print the servers that answer and how to reach each; the exit code."""
     try:
-        found = find_servers(options.find, options.port, note if options.explain else lambda text: None)
+        found = find_servers(options.find, options.port, show)
     except (OSError, UnicodeError) as error:
         note("can't ask %s: %s" % (options.find, error.strerror if isinstance(error, OSError) else error))
         return 1
@@ -1603,8 +1601,7 @@ def entries_of(client, name, recursive):
     """What a remote name or a pattern stands for: a list of entries with full names."""
     if name:
         split_name(name)
-    if not client.classic:
-        client.create_socket()
+    client.create_socket()                          # now we know the dialect
     if client.classic or name and not (recursive or WILD.search(name)):
         return [{"name": name, "type": "file", "size": 0}]
     if not name and not recursive:
@@ -1924,7 +1921,7 @@ def main(argv=None):
         client = FtpClient(options.host, options.port, options)
         with contextlib.closing(client):
             if options.find:
-                return show_servers(options)
+                return show_servers(options, client.show)
             if not options.command or options.command[0] in ("put", "get", "ls"):
                 client.create_socket()
             if options.command:
