@@ -616,7 +616,7 @@ class Target:
         """Let go of the partial; an empty one is removed."""
         if self.file:
             file, self.file = self.file, None
-            with contextlib.closing(file):
+            with contextlib.suppress(OSError), contextlib.closing(file):
                 if os.name == "nt":                     # Windows doesn't remove an open file
                     file.close()
                 if not os.path.getsize(self.partial):
@@ -949,12 +949,11 @@ class Get(Job):
         self.went_on_at(offset)
         self.coming = self.size - offset
         self.client.payload("<-", self.coming)
-        here = offset and self.target.file is None          # the file under its own name is what goes on
-        if here and offset == self.size:
-            self.check(digest)
-            self.outcome = "already here"
-            return
-        if here:
+        if offset and self.target.file is None:             # the file under its own name is what goes on
+            if offset == self.size:
+                self.check(digest)
+                self.outcome = "already here"
+                return
             self.copy_here(offset, digest)
         self.open_at(offset)
         self.receive(offset, digest if self.client.verify else None)
@@ -999,8 +998,7 @@ class Get(Job):
         self.outcome = ("already here as %s" if duplicate else "saved as %s") % path
 
     def drop(self):
-        with contextlib.suppress(OSError):
-            self.target.close()
+        self.target.close()
 
     def read_past(self):
         coming, self.coming = self.coming, None
