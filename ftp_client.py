@@ -1769,58 +1769,55 @@ def command_fanout(client):
 def set_up_readline(client):
     """History, and Tab for commands, local names after put and remote ones after get and ls."""
     import readline
+    found = []
+
+    def complete(text, number):
+        """The number-th completion of text, the last word of the line; None behind the last one."""
+        if number == 0:
+            found.clear()
+            with contextlib.suppress(Failed, Broken, Unreachable, OSError):
+                found.extend(completions(client, text, readline.get_line_buffer()[:readline.get_endidx()]))
+        return found[number] if number < len(found) else None
+
     readline.set_completer_delims(" \t\n")
-    readline.set_completer(Completer(client, readline).complete)
+    readline.set_completer(complete)
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
 
 
-class Completer:
-    """What the Tab key offers."""
+def completions(client, text, line):
+    """All completions. A name with a space is put in quotes, of which text may hold the end only."""
+    command, *rest = line.lstrip().split(" ", 1)
+    if not rest:
+        return [name + " " for name in sorted(COMMANDS) if name.startswith(text)]
+    quote = ""                  # the one that is open at the end
+    for char in line:
+        if char in "\"'" and quote in ("", char):
+            quote = "" if quote else char
+    word = line.rsplit(quote, 1)[1] if quote else text
+    names = remote_names(client, word) if command in ("get", "ls") else local_names(word)
+    skip = len(word) - len(text) + (1 if quote and text.startswith(quote) else 0)
+    found = []
+    for name in names:
+        mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")
+        if mark and mark in name:       # nothing that can be typed stands for it
+            continue
+        end = "" if name.endswith("/") else mark + " "
+        found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
+    return found
 
-    def __init__(self, client, readline):
-        self.client, self.readline, self.found = client, readline, []
 
-    def complete(self, text, number):
-        """The number-th completion of text, the last word of the line; None behind the last one."""
-        if number == 0:
-            with contextlib.suppress(Failed, Broken, Unreachable, OSError):
-                self.found = []
-                self.found = self.candidates(text, self.readline.get_line_buffer()[:self.readline.get_endidx()])
-        return self.found[number] if number < len(self.found) else None
+def local_names(word):
+    head = word[:word.find("/") + 1] if word.startswith("~") else ""        # ~/ or ~user/
+    home = os.path.expanduser(head)
+    paths = sorted(glob.glob(glob.escape(home + word[len(head):]) + "*"))
+    return [head + path[len(home):].replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in paths]
 
-    def candidates(self, text, line):
-        """All completions. A name with a space is put in quotes, of which text may hold the end only."""
-        command, *rest = line.lstrip().split(" ", 1)
-        if not rest:
-            return [name + " " for name in sorted(COMMANDS) if name.startswith(text)]
-        quote = ""                  # the one that is open at the end
-        for char in line:
-            if char in "\"'" and quote in ("", char):
-                quote = "" if quote else char
-        word = line.rsplit(quote, 1)[1] if quote else text
-        names = self.remote(word) if command in ("get", "ls") else self.local(word)
-        skip = len(word) - len(text) + (1 if quote and text.startswith(quote) else 0)
-        found = []
-        for name in names:
-            mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")
-            if mark and mark in name:       # nothing that can be typed stands for it
-                continue
-            end = "" if name.endswith("/") else mark + " "
-            found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
-        return found
 
-    @staticmethod
-    def local(word):
-        head = word[:word.find("/") + 1] if word.startswith("~") else ""        # ~/ or ~user/
-        home = os.path.expanduser(head)
-        paths = sorted(glob.glob(glob.escape(home + word[len(head):]) + "*"))
-        return [head + path[len(home):].replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in paths]
-
-    def remote(self, word):
-        folder = word.rpartition("/")[0]
-        prefix = folder + "/" if folder else ""
-        return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in self.client.ls_once(folder)
-                if (prefix + entry["name"]).startswith(word) and entry["name"].isprintable()]     # readline escapes nothing
+def remote_names(client, word):
+    folder = word.rpartition("/")[0]
+    prefix = folder + "/" if folder else ""
+    return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in client.ls_once(folder)
+            if (prefix + entry["name"]).startswith(word) and entry["name"].isprintable()]     # readline escapes nothing
 
 
 # ==== Command line ========================================================================================

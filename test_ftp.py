@@ -5771,7 +5771,7 @@ def test_completed_names_can_be_used(work, monkeypatch, line, found):
     monkeypatch.setenv("HOME", str(work))
     monkeypatch.setenv("USERPROFILE", str(work))
     text = line.rsplit(" ", 1)[1]
-    assert ftp_client.Completer(None, None).candidates(text, line) == found
+    assert ftp_client.completions(None, text, line) == found
     for name in found:
         words = ftp_client.split_words(line[:len(line) - len(text)] + name)
         assert name.endswith("/") or os.path.exists(os.path.expanduser(words[-1]))
