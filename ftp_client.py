@@ -1794,26 +1794,26 @@ def completions(client, text, line):
         if char in "\"'" and quote in ("", char):
             quote = "" if quote else char
     word = line.rsplit(quote, 1)[1] if quote else text
-    names = remote_names(client, word) if command in ("get", "ls") else local_names(word)
-    skip = len(word) - len(text) + (1 if quote and text.startswith(quote) else 0)
+    names = complete_remote(client, word) if command in ("get", "ls") else complete_local(word)
+    typed_before = len(quote + word) - len(text)        # characters that are none of readline's business
     found = []
     for name in names:
         mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")
         if mark and mark in name:       # nothing that can be typed stands for it
             continue
         end = "" if name.endswith("/") else mark + " "
-        found.append((mark + name + end)[skip + (len(mark) if quote else 0):] if skip else mark + name + end)
+        found.append((mark + name + end)[typed_before:])
     return found
 
 
-def local_names(word):
+def complete_local(word):
     head = word[:word.find("/") + 1] if word.startswith("~") else ""        # ~/ or ~user/
     home = os.path.expanduser(head)
     paths = sorted(glob.glob(glob.escape(home + word[len(head):]) + "*"))
     return [head + path[len(home):].replace(os.sep, "/") + ("/" if os.path.isdir(path) else "") for path in paths]
 
 
-def remote_names(client, word):
+def complete_remote(client, word):
     folder = word.rpartition("/")[0]
     prefix = folder + "/" if folder else ""
     return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in client.ls_once(folder)
