@@ -722,8 +722,9 @@ class Job:
         self.client.bar.size += size - self.size
         self.size = size
 
-    def went_on_at(self, offset):
-        """Note the offset that both sides agreed on."""
+    def begin(self, direction, offset):
+        """Note that the bytes come next, from the offset that both sides agreed on."""
+        self.client.show(direction, b"%d bytes" % (self.size - offset))
         if offset > self.furthest:
             self.furthest, self.client.tries = offset, 0
         self.client.bar.add(self, offset - self.done, moved=False)
@@ -759,9 +760,8 @@ class Put(Job):
         data = file.read(self.size + 1)
         if len(data) != self.size or changed(file, before):
             raise Failed("the file changed while it was read: try again")
-        self.went_on_at(0)
         self.header(before.st_mtime)
-        self.client.payload("->", len(data))
+        self.begin("->", 0)
         self.client.link.send(data)
         self.last_line(hashlib.sha256(data))
         self.progress(len(data))
@@ -774,9 +774,8 @@ class Put(Job):
         what = [socket.gethostname(), os.path.abspath(self.path), str(before.st_size), str(before.st_mtime_ns)]
         ident = hashlib.sha256("\0".join(what).encode("utf-8", "surrogateescape")).hexdigest()
         offset, digest = self.agree_on_offset(file, ident)
-        self.went_on_at(offset)
         self.header(before.st_mtime, offset=offset, id=ident)
-        self.client.payload("->", self.size - offset)
+        self.begin("->", offset)
         try:
             try:
                 self.stream(file, offset, self.size, digest if self.client.verify else None)
@@ -864,8 +863,7 @@ class Put(Job):
             self.client.classic_request("put", self.name, str(self.size))
             if self.client.classic_answer(rb"OK", b"OK") is None:
                 raise Failed("the server did not say OK")
-            self.went_on_at(0)
-            self.client.payload("->", self.size)
+            self.begin("->", 0)
             last = max(0, self.size - 1)    # the last byte is held back until it is sure that all fit together
             try:
                 self.stream(file, 0, last, None)
@@ -946,9 +944,8 @@ class Get(Job):
             raise BadMessage("an offset that was not asked for")
         if not offset:
             digest = hashlib.sha256()
-        self.went_on_at(offset)
+        self.begin("<-", offset)
         self.coming = self.size - offset
-        self.client.payload("<-", self.coming)
         if offset and self.target.file is None:             # the file under its own name is what goes on
             if offset == self.size:
                 self.check(digest)
@@ -1021,8 +1018,7 @@ class Get(Job):
         self.resize(int(match.group(1)))
         self.client.classic_request("second_active")
         self.client.link.flush()
-        self.client.payload("<-", self.size)
-        self.went_on_at(0)
+        self.begin("<-", 0)
         self.open_at(0)
         self.receive(0, None)
         self.store(None)
@@ -1111,9 +1107,6 @@ class FtpClient:
 
     def step(self, text):
         self.show("#", text.encode("utf-8"))
-
-    def payload(self, direction, count):
-        self.show(direction, b"%d bytes" % count)
 
     # ---- jobs ----
 
@@ -1310,7 +1303,7 @@ class FtpClient:
 
     def read_listing(self):
         left, = fields(self.link.answer(), "size")
-        self.payload("<-", left)
+        self.show("<-", b"%d bytes" % left)
         if left > LISTING_LIMIT:
             raise BadMessage("a listing of %d bytes" % left)
         listing = bytearray()
