@@ -43,9 +43,8 @@ except ImportError:  # Windows
 VERSION = "1.0"
 PORT = 8885                # the original's
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
-CHUNK = 1 << 18            # bytes read from a file or a socket at a time
+CHUNK = 1 << 18            # bytes read from a file or a socket at a time; what is sent is joined up to so many
 RECEIVE = 1 << 20          # bytes taken off the socket at a time
-JOIN = 1 << 18             # bytes of small messages and files that are joined into one send
 SLICE = 1 << 22            # bytes that one sendfile(2) may take
 SMALL = 1 << 18            # bytes up to which a file is sent at once, without asking what is there of it
 TINY = 1 << 14             # bytes up to which it is sent so after a break too
@@ -293,8 +292,8 @@ class Link:
             raise Broken(error.strerror or str(error)) from None
 
     def send(self, data):
-        """Send at most JOIN bytes, later: small requests travel together."""
-        if len(self.owed) + len(data) > JOIN:
+        """Send at most CHUNK bytes, later: small requests travel together."""
+        if len(self.owed) + len(data) > CHUNK:
             self.flush()
         self.owed += data
 
@@ -316,7 +315,7 @@ class Link:
         left, now = unsent(self.sock), time.monotonic()
         limit = now + seconds
         while True:
-            events = event | READ if len(self.ahead) < JOIN else event
+            events = event | READ if len(self.ahead) < CHUNK else event
             ready = wait_for(self.sock, events, max(0, min(seconds / 8, limit - now, self.deadline - now)))
             if ready & event:
                 return
