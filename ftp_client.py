@@ -740,7 +740,6 @@ class Put(Job):
 
     def ask(self):
         with open_source(self.path) as file:
-            self.client.step("put %s: the server gets name and size first, then the bytes" % self.name)
             before = os.fstat(file.fileno())
             self.resize(before.st_size)
             if self.alone:
@@ -791,7 +790,6 @@ class Put(Job):
     def agree_on_offset(self, file, ident):
         """Ask how much of the file the server has, and believe it only if the hash is ours: (offset, digest)."""
         link = self.client.link
-        self.client.step("resume: what is there already of an interrupted put, and is it the same?")
         link.request(cmd="resume", name=self.name, size=self.size, id=ident)
         offset, sha256 = fields(link.answer(work_time(self.size)), "offset", "sha256")
         if 0 < offset <= self.size:
@@ -931,7 +929,6 @@ class Get(Job):
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
         if not self.client.verify:
             more["verify"] = False
-        self.client.step("get %s: the server tells the size, sends the bytes and says last that all went well" % self.name)
         self.client.link.request(cmd="get", name=self.name, **more)
 
     def finish(self):
@@ -1058,7 +1055,6 @@ class FtpClient:
     def greet(self, link):
         """Say hello in the framed dialect; to a server that hangs up on it, speak the classic one."""
         try:
-            self.step("hello: does the server speak the framed dialect?")
             link.request(cmd="hello")
             link.answer()
             self.greeted = True
@@ -1097,15 +1093,11 @@ class FtpClient:
             raise Unreachable("given up: %s" % why)
         return False
 
-    # ---- what --explain shows ----
-
     def show(self, direction, data):
+        """Show what crosses the wire, for --explain."""
         if self.options.explain:
             self.bar.clear()
             note("%s %s" % (direction, data.decode("utf-8", "replace").rstrip()))
-
-    def step(self, text):
-        self.show("#", text.encode("utf-8"))
 
     # ---- jobs ----
 
@@ -1289,7 +1281,6 @@ class FtpClient:
         self.create_socket()
         if self.classic:
             raise Failed("the classic dialect can't list")
-        self.step("ls: the answer tells its size, then comes one line for each file")
         try:
             self.link.request(cmd="ls", path=path, recursive=recursive)
             lines = self.read_listing()
