@@ -496,17 +496,23 @@ def work_time(size):
     return min(size / WORK_RATE, 1e6)           # poll(2) takes no more than 2e6
 
 
+def pieces(file, start, stop):
+    """Yield what a raw file holds from start to stop; each piece overwrites the last. Raises Failed if it is shorter."""
+    view = memoryview(bytearray(min(stop - start, CHUNK)))
+    file.seek(start)
+    while start < stop:
+        count = file.readinto(view[:stop - start])
+        if not count:
+            raise Failed("the file shrank while it was read: try again")
+        yield view[:count]
+        start += count
+
+
 def hash_file(file, length):
     """SHA-256 of the first length bytes of a raw file, which is left behind them. Raises Failed if it is shorter."""
     digest = hashlib.sha256()
-    file.seek(0)
-    view = memoryview(bytearray(min(length, CHUNK)))
-    while length:
-        count = file.readinto(view[:length])
-        if not count:
-            raise Failed("the file shrank while it was read")
-        digest.update(view[:count])
-        length -= count
+    for data in pieces(file, 0, length):
+        digest.update(data)
     return digest
 
 
@@ -814,18 +820,12 @@ class Put(Job):
             offset += count
 
     def stream_read(self, file, offset, stop, digest):
-        view = memoryview(bytearray(CHUNK))
-        file.seek(offset)
-        while offset < stop:
-            count = file.readinto(view[:stop - offset])
-            if not count:
-                raise Failed("the file shrank while it was sent: try again")
+        for data in pieces(file, offset, stop):
             if digest:
-                digest.update(view[:count])
+                digest.update(data)
             self.listen()
-            self.client.link.send(view[:count])
-            self.progress(count)
-            offset += count
+            self.client.link.send(data)
+            self.progress(len(data))
 
     def sendfile(self, fd, offset, count):
         """sendfile(2); None where the file's system can't do that. Raises Failed where the file can't be read."""
@@ -963,8 +963,8 @@ class Get(Job):
         """Start the partial with what is here under the final name, which must still be what the digest is of."""
         self.open_at(0)
         with open_source(self.target.path) as source:
-            for start in range(0, offset, CHUNK):
-                write_all(self.target.file, source.read(min(CHUNK, offset - start)))
+            for data in pieces(source, 0, offset):
+                write_all(self.target.file, data)
         if hash_file(self.target.file, offset).digest() != digest.digest():
             raise Failed("the file here changed meanwhile: try again")
 
