@@ -1778,14 +1778,14 @@ def completions(client, text, line):
             quote = "" if quote else char
     word = line.rsplit(quote, 1)[1] if quote else text
     names = complete_remote(client, word) if command in ("get", "ls") else complete_local(word)
-    typed_before = len(quote + word) - len(text)        # characters that are none of readline's business
+    before = len(quote + word) - len(text)      # characters in front of those that readline replaces
     found = []
     for name in names:
         mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")
         if mark and mark in name:       # nothing that can be typed stands for it
             continue
         end = "" if name.endswith("/") else mark + " "
-        found.append((mark + name + end)[typed_before:])
+        found.append((mark + name + end)[before:])
     return found
 
 
