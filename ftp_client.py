@@ -464,7 +464,7 @@ def unicode_name(name):
 def open_source(path):
     """Open a regular file for reading; the raw file. Raises Failed."""
     try:
-        file = io.FileIO(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
+        file = io.FileIO(path, "rb", opener=lambda path, flags: os.open(path, flags | OPEN_FLAGS))
     except OSError as error:
         raise Failed("not a file (put -r sends folders)" if os.path.isdir(path) else error.strerror) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
