@@ -582,9 +582,13 @@ class Target:
 
     def open(self):
         """Open the partial, made if need be, and lock it against other clients; how long it is."""
-        os.makedirs(self.folder or ".", exist_ok=True)
         while self.file is None:
-            file = io.FileIO(os.open(self.partial, PARTIAL_FLAGS, 0o666), "rb+")
+            try:
+                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
+            except FileNotFoundError:
+                os.makedirs(self.folder or ".", exist_ok=True)
+                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
+            file = io.FileIO(fd, "rb+")
             try:
                 info = self.lock(file.fileno())
                 named = os.name == "nt" or self.has_name(info)      # Windows keeps an open file's name
@@ -908,7 +912,7 @@ class Get(Job):
         if UNFINISHED.fullmatch(os.path.basename(path)):
             raise Failed("a get that was never finished left it there")
         if replace and os.path.isdir(path):
-            raise Failed("%s is a folder here" % path)
+            raise Failed("a folder here has that name")
         self.target, self.replace = Target(path), replace
         self.asked = None           # (length, digest) of what is here already and was told to the server
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
@@ -983,7 +987,7 @@ class Get(Job):
         self.coming = None
         sha256, = fields(self.client.link.answer(work_time(self.size)), "sha256")
         if self.client.verify and (sha256 or "").lower() != digest.hexdigest():
-            raise Failed("the server does not confirm the SHA-256 of what arrived")
+            raise Failed("what arrived does not have the SHA-256 that the server tells")
 
     def store(self, mtime):
         path, duplicate = self.target.publish(mtime, self.replace)
@@ -1065,8 +1069,9 @@ class FtpClient:
                 self.classic = True
                 return self.create_socket()
             if isinstance(error, (Failed, Broken)):
+                why = "it is no ftp_server.py" if isinstance(error, BadMessage) else reason(error)
                 raise Unreachable("no welcome from %s port %d (%s): check the port, or try again later"
-                                  % (self.port + (reason(error),))) from None
+                                  % (self.port + (why,))) from None
             raise
 
     def close(self):
