@@ -392,32 +392,6 @@ def same_content(one, other):
             return True
 
 
-class Claims:
-    """The upload ids under way in this server, and how to end the session that has one."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.claims = {}            # id: (function that ends its session, event set when it let go)
-
-    def take(self, ident, cut):
-        """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Refusal."""
-        give_up = time.monotonic() + TAKEOVER_TIME
-        while True:
-            with self.lock:
-                cut_older, released = self.claims.setdefault(ident, (cut, threading.Event()))
-                if cut_older is cut:
-                    return
-            cut_older()
-            while not released.wait(0.01):          # yields in between: who has it may need a worker to let go
-                if time.monotonic() > give_up:
-                    raise Refusal("busy", "an older session is still storing this file: try again in a moment")
-                yield BLOCKS
-
-    def release(self, ident):
-        with self.lock:
-            self.claims.pop(ident)[1].set()
-
-
 def nanoseconds(seconds):
     """A time as os.utime() takes it, so exact that a float read from one file comes out of the other the same."""
     whole, part = divmod(seconds, 1)
@@ -508,7 +482,7 @@ class Upload:
                         opened.close()      # the lock goes with the file
             finally:
                 if self.ident:
-                    self.storage.claims.release(self.ident)
+                    del self.storage.claims[self.ident]
 
     def discard(self):
         partial, self.partial = self.partial, None
@@ -653,7 +627,7 @@ class Storage:
     def __init__(self, upload, download, overwrite=False, fsync=True, max_size=None):
         self.upload, self.download = upload, download
         self.overwrite, self.fsync, self.max_size = overwrite, fsync, max_size
-        self.claims = Claims()
+        self.claims = {}            # upload id under way here: function that ends its session
         self.renaming = threading.Lock()
         self.digests = collections.OrderedDict()        # Download.identity(): SHA-256
         self.nonce, self.numbers = os.urandom(12).hex(), itertools.count()  # names of partials without an id
@@ -737,8 +711,21 @@ class Storage:
         if time.monotonic() > self.next_sweep:
             self.sweep()
         if ident:
-            yield from self.claims.take(ident, cut)
+            yield from self.claim(ident, cut)
         return Upload(self, parts, size, ident)
+
+    def claim(self, ident, cut):
+        """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Refusal."""
+        give_up = time.monotonic() + TAKEOVER_TIME
+        while True:
+            cut_older = self.claims.setdefault(ident, cut)      # one step: needs no lock
+            if cut_older is cut:
+                return
+            if time.monotonic() > give_up:
+                raise Refusal("busy", "an older session is still storing this file: try again in a moment")
+            cut_older()
+            time.sleep(0.01)
+            yield BLOCKS            # in between: who has it may need a worker to let go
 
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
