@@ -873,11 +873,9 @@ def parse_classic(data):
 # ==== Waiting: two traps, and the wire built on them =====================================================
 
 @types.coroutine
-def ready(sock, event, timeout, kind):
-    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds.
-
-    kind: as for announce(), if what comes next is more than an operation on the socket; else None."""
-    yield sock, event, timeout, kind
+def ready(sock, event, timeout):
+    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds."""
+    yield sock, event, timeout
 
 
 @types.coroutine
@@ -921,10 +919,10 @@ class Wire:
         self.owed = bytearray()
         self.cut = False            # ended from outside, see Session.cut()
 
-    async def attempt(self, event, operation, *args, kind=None):
+    async def attempt(self, event, operation, *args, blocks=False):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
 
-        kind: BLOCKS if it may wait for a disk all the same, as sendfile(2) may; else None.
+        blocks: it may wait for a disk all the same, as sendfile(2) may.
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
         left, start = None, time.monotonic()
@@ -938,7 +936,9 @@ class Wire:
                     raise ConnectionAbortedError(errno.ECONNABORTED, "cut off")
                 if patience <= 0:
                     raise socket.timeout
-                await ready(self.sock, event, min(patience, WAKE), kind)
+                await ready(self.sock, event, min(patience, WAKE))
+                if blocks:
+                    await announce(BLOCKS)
                 return operation(*args)
             except (BlockingIOError, InterruptedError):
                 pass
@@ -1022,7 +1022,7 @@ class Wire:
         """Send at most count bytes of a raw file from offset on; how many, 0 behind its end, None: sendfile() can't."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=BLOCKS)
+        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, blocks=True)
 
     def sendfile(self, fd, offset, count):
         """sendfile(2); None where the file's system can't do that."""
@@ -1671,8 +1671,8 @@ class FtpHandler(socketserver.BaseRequestHandler):
                     wait = steps.send(None)
                 elif wait in AT_ONCE:
                     wait = self.in_turn(steps, self.server.turns[wait])
-                elif wait_for(*wait[:3]):
-                    wait = wait[3] or steps.send(None)
+                elif wait_for(*wait):
+                    wait = steps.send(None)
                 else:
                     wait = steps.throw(socket.timeout())
         except StopIteration:
@@ -1842,12 +1842,11 @@ class Workers:
 
 class Task:
     """A session in the loop: its coroutine, and what that waits for."""
-    __slots__ = ("session", "steps", "sock", "event", "kind", "away", "deadline", "alarm")
+    __slots__ = ("session", "steps", "sock", "event", "away", "deadline", "alarm")
 
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
-        self.kind = None            # kind of the work that comes when sock is ready
         self.away = None            # kind of the work that a worker does for it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
@@ -1954,7 +1953,7 @@ class SelectFtpServer:
             self.sel.unregister(conn)
             task.event = 0
         else:
-            self.wait(task, task.kind or task.advance())
+            self.wait(task, task.advance())
 
     def wait(self, task, wait):
         """Note what a session waits for; if that can't be, the session ends and nothing else."""
@@ -1975,7 +1974,7 @@ class SelectFtpServer:
         elif wait in AT_ONCE:
             self.hand_over(task, wait)
         else:
-            sock, event, timeout, task.kind = wait
+            sock, event, timeout = wait
             if not task.event:
                 self.sel.register(sock, event, self.resume)
             elif task.event != event:
