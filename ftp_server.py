@@ -917,7 +917,7 @@ class Wire:
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.ahead = bytearray()
         self.owed = bytearray()
-        self.cut = False            # ended from outside, see Session.cut()
+        self.cut = None             # why it was ended from outside, see Session.cut()
 
     async def attempt(self, event, operation, *args, blocks=False):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
@@ -933,7 +933,7 @@ class Wire:
             patience = min(start + limit, self.deadline) - time.monotonic()
             try:
                 if self.cut:
-                    raise ConnectionAbortedError(errno.ECONNABORTED, "cut off")
+                    raise ConnectionAbortedError
                 if patience <= 0:
                     raise socket.timeout
                 await ready(self.sock, event, min(patience, WAKE))
@@ -955,7 +955,7 @@ class Wire:
                                else "a header was not complete in time") from None
             except OSError as error:
                 await announce(BLOCKS)
-                raise Gone(error.strerror) from None
+                raise Gone(self.cut or error.strerror) from None
 
     async def receive(self, operation, *args):
         """Do a reading operation, after all that is owed was sent. Raises Gone at the end of the stream."""
@@ -964,7 +964,7 @@ class Wire:
         got = await self.attempt(READ, operation, *args)
         if not got:
             await announce(BLOCKS)
-            raise Gone("the client closed the connection")
+            raise Gone(self.cut or "the client closed the connection")
         return got
 
     async def fill(self):
@@ -1079,9 +1079,9 @@ class Session:
         self.told = False           # whether the log tells already what went wrong
         self.resumed = None         # the Upload that a resume left open for the put to come
 
-    def cut(self):
+    def cut(self, why="a newer session took over"):
         """End the session from outside, from any thread: its next wait is over, as if the client had left."""
-        self.wire.cut = True
+        self.wire.cut = why
         with contextlib.suppress(OSError):
             self.wire.sock.shutdown(socket.SHUT_RDWR)
 
@@ -1129,7 +1129,7 @@ class Session:
         while True:
             await announce(kind)
             try:
-                kind = work.throw(Gone("a newer session took over")) if self.wire.cut else next(work)
+                kind = work.throw(Gone(self.wire.cut)) if self.wire.cut else next(work)
             except StopIteration as end:
                 return end.value
 
@@ -1163,9 +1163,7 @@ class Session:
             yield
             result = file.result
         except BaseException as error:
-            level = logging.WARNING
-            result = "cut: the server stops" if isinstance(error, GeneratorExit) else "failed: %s" % error
-            self.told = True
+            level, result, self.told = logging.WARNING, "failed: %s" % error, True
             raise
         finally:
             seconds = time.monotonic() - start
@@ -1509,7 +1507,7 @@ class Service:
             self.sessions.add(session)
             self.served += not session.full
         if self.stopping:
-            session.cut()
+            session.cut("the server stops")
         return session
 
     def farewell(self, session):
@@ -1526,7 +1524,7 @@ class Service:
     def cut_all(self):
         with self.left:
             for session in self.sessions:
-                session.cut()
+                session.cut("the server stops")
 
     def accept(self, listener):
         """Accept a connection: (socket, address), or None.
@@ -1666,7 +1664,7 @@ class FtpHandler(socketserver.BaseRequestHandler):
         steps = session.run()
         try:
             wait = steps.send(None)
-            while wait not in AT_ONCE or not service.stopping:
+            while True:
                 if wait == BLOCKS:                          # as a thread may
                     wait = steps.send(None)
                 elif wait in AT_ONCE:
@@ -1855,7 +1853,7 @@ class Task:
         """Run the session to its next wait and return that, or "done"."""
         try:
             return self.steps.throw(error) if error else self.steps.send(None)
-        except (StopIteration, GeneratorExit):
+        except StopIteration:
             return "done"
         except Exception:           # a bug ends its own session only
             LOG.exception("%s bug", self.session.peer)
@@ -1997,11 +1995,11 @@ class SelectFtpServer:
         """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
         while task:
             turns = self.turns[task.away]
-            wait = task.advance(GeneratorExit() if self.service.stopping else None)
-            while not turns.line and not self.service.stopping and self.goes_on(task.away, wait):
+            wait = task.advance()
+            while not turns.line and self.goes_on(task.away, wait):
                 wait = task.advance()
             following = turns.end(task)
-            if wait in AT_ONCE and not self.service.stopping:
+            if wait in AT_ONCE:
                 if self.has_turn(task, wait):                   # in this thread
                     if following:
                         self.workers.submit(self.work, following)
@@ -2032,8 +2030,8 @@ class SelectFtpServer:
         """In a worker: run each session of a batch until it waits for anything but a file, unless the wait is over."""
         batch, over = job
         for task in pop_each(batch):
-            wait = task.advance(GeneratorExit() if self.service.stopping else None)
-            while wait == BLOCKS and not self.service.stopping:
+            wait = task.advance()
+            while wait == BLOCKS:
                 wait = task.advance()
             self.back.append((task, wait))
             if over.is_set():       # the loop has gone on, and sees to the others itself
