@@ -1319,15 +1319,12 @@ class Session:
             LOG.warning("%s a partial file stays: %s", self.peer, error.strerror)
 
     async def do_put(self, ask):
-        try:
-            size, offset = fields(ask, "size", "offset")
-            if offset > size:
-                raise BadMessage("'offset' must not be larger than 'size'")
-            if offset and not ask.get("id"):
-                raise BadMessage("'offset' must be 0 without an 'id'")
-        except BadMessage as error:
-            error.closes = True         # nobody can tell where the payload ends
-            raise
+        self.payload = math.inf         # as long as nobody can tell where it ends
+        size, offset = fields(ask, "size", "offset")
+        if offset > size:
+            raise BadMessage("'offset' must not be larger than 'size'")
+        if offset and not ask.get("id"):
+            raise BadMessage("'offset' must be 0 without an 'id'")
         self.payload = size - offset
         name, ident, mtime, verify = fields(ask, "name", "id", "mtime", "verify")
         with await self.upload_of(name, size, ident and ident.lower()) as upload, self.logged(upload):
