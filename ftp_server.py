@@ -1615,7 +1615,6 @@ class Turns:
     def __init__(self, limit):
         self.lock, self.limit = threading.Lock(), limit
         self.begun, self.line = {}, collections.deque()     # who: when; only of those that count
-        self.next_look = 0.0
 
     def take(self, who):
         """Return True if who may go at once; else it waits in line until end() or relieve() returns it."""
@@ -1641,10 +1640,9 @@ class Turns:
 
     def relieve(self):
         """Return those who may go instead of as many that stand still. It must be called again and again."""
-        now = time.monotonic()
-        if now < self.next_look:
+        if not self.line:
             return []
-        self.next_look = now + STUCK
+        now = time.monotonic()
         with self.lock:
             late = [who for who, start in self.begun.items() if now - start > STUCK][:len(self.line)]
             for who in late:

@@ -2703,7 +2703,6 @@ def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted(monkeypatc
     assert [turns.take(who) for who in "abcd"] == [True, True, False, False]
     assert turns.end("a") == "c" and turns.relieve() == []
     monkeypatch.setattr(ftp_server, "STUCK", -1)
-    turns.next_look = 0
     assert turns.relieve() == ["d"]  # instead of b, the oldest: nobody else is in line
     assert not turns.take("e") and turns.end("b") is None  # another went instead of b already
     assert [turns.end(who) for who in "cde"] == ["e", None, None]
