@@ -1568,7 +1568,7 @@ def tune_listener(sock, host):
 # ==== Discovery: where is a server? One datagram, one answer ===============================================
 
 class Discovery:
-    """Makes the answers: never longer than the request, so that nobody can be flooded through us with forged
+    """Gives the answers: never longer than the request, so that nobody can be flooded through us with forged
     requests, and few in a second."""
 
     def __init__(self, service, port_number):
@@ -1577,18 +1577,19 @@ class Discovery:
         self.lock = threading.Lock()
         self.times = collections.deque([-math.inf] * DISCOVERY_RATE, DISCOVERY_RATE)    # of the last answers
 
-    def answer(self, data):
-        """The answer to a datagram, or None where it gets none."""
+    def answer(self, data, sock, address):
+        """Answer a datagram, if it is a request and not one too many."""
         try:
             asked = len(data) >= max(DISCOVERY_SIZE, len(self.message)) and decode(data).get("cmd") == "discover"
         except BadMessage:
-            return None
+            return
         now = time.monotonic()
         with self.lock:
             if not asked or now - self.times[0] < 1:
-                return None
+                return
             self.times.append(now)
-        return self.message
+        with contextlib.suppress(OSError):      # no way to the one who asks
+            sock.sendto(self.message, address)
 
 
 # ==== Backend: socketserver, a thread for each client =====================================================
@@ -1771,10 +1772,7 @@ class DiscoveryHandler(socketserver.BaseRequestHandler):
 
     def handle(self):
         data, sock = self.request
-        answer = self.server.discovery.answer(data)
-        if answer:
-            with contextlib.suppress(OSError):      # no way to the one who asks
-                sock.sendto(answer, self.client_address)
+        self.server.discovery.answer(data, sock, self.client_address)
 
 
 class DiscoveryServer(Stoppable, socketserver.ThreadingUDPServer):
@@ -1885,11 +1883,9 @@ class SelectFtpServer:
 
     def discover(self, sock, mask):
         """Callback of the discovery socket."""
-        with contextlib.suppress(OSError):      # nothing there after all, or no way to the one who asks
+        with contextlib.suppress(OSError):      # nothing there after all
             data, address = sock.recvfrom(CHUNK)
-            answer = self.discovery.answer(data)
-            if answer:
-                sock.sendto(answer, address)
+            self.discovery.answer(data, sock, address)
 
     def add_socket(self, family, kind, address, callback):
         """Bind a socket and wait for what arrives at it."""
