@@ -244,22 +244,24 @@ class Folder:
 
     def open(self, part, flags):
         if self.fd is None:                             # Windows: follows links, and says "denied" of a folder
-            with contextlib.suppress(FileNotFoundError):
-                mode = self.stat(part).st_mode
-                if stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
-                    number = errno.ELOOP if stat.S_ISLNK(mode) else errno.EISDIR
-                    raise OSError(number, os.strerror(number))
+            there = self.stat(part)
+            kind = there and stat.S_IFMT(there.st_mode)
+            if kind in (stat.S_IFLNK, stat.S_IFDIR):
+                number = errno.ELOOP if kind == stat.S_IFLNK else errno.EISDIR
+                raise OSError(number, os.strerror(number))
         return os.open(self.at(part), flags | OPEN_FLAGS, 0o666, dir_fd=self.fd)
 
     def stat(self, part):
-        return os.stat(self.at(part), dir_fd=self.fd, follow_symlinks=False)
-
-    def has(self, part):
-        """Tell whether something has that name."""
+        """What has that name, never followed if it is a link; None: nothing has."""
         try:
-            return bool(self.stat(part))
+            return os.stat(self.at(part), dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
-            return False
+            return None
+
+    def has(self, part, info):
+        """Tell whether a name is still that of the file whose fstat() is info: another process may have moved it."""
+        there = self.stat(part)
+        return there is not None and os.path.samestat(there, info)
 
     def unlink(self, part):
         os.unlink(self.at(part), dir_fd=self.fd)
@@ -436,9 +438,9 @@ class Upload:
 
     def check_replaceable(self):
         """Raise Refusal where the name is that of something else than a file."""
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(self.target.stat(self.parts[-1]).st_mode):
-                raise Refusal("not-a-file", "what has that name is not a file")
+        there = self.target.stat(self.parts[-1])
+        if there and not stat.S_ISREG(there.st_mode):
+            raise Refusal("not-a-file", "what has that name is not a file")
 
     def open_partial(self):
         """Open and lock the partial, made if there is none: (fd, its length)."""
@@ -447,7 +449,7 @@ class Upload:
             try:
                 lock(fd)
                 info = os.fstat(fd)
-                named = not self.ident or os.name == "nt" or self.has_name(info)    # Windows keeps an open file's name
+                named = not self.ident or os.name == "nt" or self.folder.has(self.partial, info)    # Windows keeps an open file's name
             except BaseException as error:
                 os.close(fd)
                 if not self.ident:
@@ -460,13 +462,6 @@ class Upload:
             os.close(fd)
             if named:               # 2 links: published by a server that was killed before discard(): writing here would
                 self.folder.unlink(self.partial)    # change the stored file
-
-    def has_name(self, info):
-        """Tell whether the partial's name is still that of an open file: who had the lock may have removed or published it."""
-        try:
-            return os.path.samestat(self.folder.stat(self.partial), info)
-        except FileNotFoundError:
-            return False
 
     def __enter__(self):
         return self
@@ -584,7 +579,7 @@ class Upload:
         """Move the partial to its final name; False where that is taken."""
         source, target = self.folder.at(self.partial), self.target.at(name)
         where = {"src_dir_fd": self.folder.fd, "dst_dir_fd": self.target.fd}
-        if os.name != "nt" and not self.has_name(os.fstat(self.file.fileno())):
+        if os.name != "nt" and not self.folder.has(self.partial, os.fstat(self.file.fileno())):
             raise Refusal("server-error", "the partial file was tampered with")
         if self.storage.overwrite:
             self.check_replaceable()
@@ -599,7 +594,7 @@ class Upload:
             if error.errno not in UNSUPPORTED | {errno.EPERM}:
                 raise
             with self.storage.renaming:             # a disk without hard links (FAT): our sessions take turns
-                if self.target.has(name):
+                if self.target.stat(name):
                     return False
                 os.rename(source, target, **where)
             self.partial = None
@@ -611,8 +606,8 @@ class Upload:
     def same(self, name):
         """Generator: compare the partial with a file beside it; the value is True for the same content."""
         try:
-            info = self.target.stat(name)
-            if not stat.S_ISREG(info.st_mode) or info.st_size != self.length:
+            there = self.target.stat(name)
+            if not there or not stat.S_ISREG(there.st_mode) or there.st_size != self.length:
                 return False
             other = io.FileIO(self.target.open(name, os.O_RDONLY), "rb")
         except (FileNotFoundError, PermissionError):            # gone meanwhile, or not for us
@@ -690,8 +685,10 @@ class Storage:
                     try:
                         info = folder.stat(name)
                     except OSError as error:
-                        if not isinstance(error, FileNotFoundError) and (len(parts) == depth or not self.may_miss(error)):
+                        if len(parts) == depth or not self.may_miss(error):
                             raise
+                        continue
+                    if not info:                        # removed meanwhile
                         continue
                     is_folder = stat.S_ISDIR(info.st_mode)
                     if is_folder or stat.S_ISREG(info.st_mode):
@@ -737,8 +734,10 @@ class Storage:
         self.next_sweep = time.monotonic() + SWEEP_EVERY
         with Folder(self.upload) as root, root.inner(PARTIAL, make=True) as folder:
             for name in folder.names():
-                with contextlib.suppress(OSError):      # gone meanwhile, or locked: under way
+                with contextlib.suppress(OSError):      # locked, perhaps: under way
                     info = folder.stat(name)
+                    if not info:
+                        continue
                     now = time.time()                   # a stamp ahead of that is none of ours, but the sender's mtime
                     touched = max((stamp for stamp in (info.st_atime, info.st_mtime) if stamp <= now), default=now)
                     if now - touched > PARTIAL_LIFE:
@@ -746,7 +745,7 @@ class Storage:
                             lock(file.fileno())
                             if os.name == "nt":         # there an open file can't be removed, and its name stays its own
                                 file.close()
-                            elif not os.path.samestat(folder.stat(name), os.fstat(file.fileno())):
+                            elif not folder.has(name, os.fstat(file.fileno())):
                                 continue
                             folder.unlink(name)
 

@@ -1905,7 +1905,7 @@ def test_partial_published_by_another_server_before_the_lock_is_never_written_to
     (tmp_path / ".partial").mkdir()
     (tmp_path / ".partial" / identity).write_bytes(b"whole")
     monkeypatch.setattr(ftp_server, "lock", late)
-    assert list(storage.claims.take(identity, None)) == []
+    assert list(storage.claim(identity, None)) == []
     with ftp_server.Upload(storage, ["x"], 5, identity) as upload:
         assert upload.length == 0
         upload.write(b"other")
