@@ -1971,14 +1971,10 @@ class SelectFtpServer:
             task.deadline = time.monotonic() + timeout
             self.set_alarm(task)
 
-    def has_turn(self, task, kind):
-        """True where a worker may run a session at once; else the session is in line."""
-        task.away = kind
-        return self.turns[kind].take(task)
-
     def hand_over(self, task, kind):
         """Let a worker run a session as soon as it is its turn."""
-        if self.has_turn(task, kind):
+        task.away = kind
+        if self.turns[kind].take(task):
             self.workers.submit(self.work, task)
 
     def work(self, task):
@@ -1990,10 +1986,7 @@ class SelectFtpServer:
                 wait = task.advance()
             following = turns.end(task)
             if wait in AT_ONCE:
-                if self.has_turn(task, wait):                   # in this thread
-                    if following:
-                        self.workers.submit(self.work, following)
-                    following = task
+                self.hand_over(task, wait)
             else:
                 self.back.append((task, wait))
                 self.ring()
