@@ -2269,8 +2269,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-class Unusable(Exception):
-    """What the command line names can't be used; str() is the line to print."""
+class Unusable(SystemExit):
+    """What the command line names can't be used: one line on stderr, and exit code 1."""
+
+    def __init__(self, text):
+        super().__init__(printable("ftp_server.py: " + text))
 
 
 def find_folder(given, root, name):
@@ -2361,27 +2364,23 @@ def print_banner(server):
         say("  whoever reaches this port can read the second folder and add to the first: no password, no encryption")
 
 
+def on_signals(handler):
+    """Let a handler see to whatever asks us to stop."""
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):      # the last is Windows'
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
 def main(argv=None):
     options = parse_args(argv)
-    try:
-        set_up_log(options)
-        raise_descriptor_limit()
-        if options.explain:
-            Explainer(MODES[options.mode]).install()
-        server = open_server(options)
-    except Unusable as error:
-        say("ftp_server.py: %s" % error, sys.stderr)
-        return 1
-
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+    set_up_log(options)
+    raise_descriptor_limit()
+    if options.explain:
+        Explainer(MODES[options.mode]).install()
+    server = open_server(options)
 
     def stop(signal_number, frame):
         server.service.stopping = True
-
-    def on_signals(handler):
-        if threading.current_thread() is threading.main_thread():
-            for number in signals:
-                signal.signal(number, handler)
     on_signals(stop)
     if not options.no_discovery:
         try:
