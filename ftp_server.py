@@ -982,15 +982,13 @@ class Wire:
         if self.owed and b"\n" not in self.ahead:
             await self.flush()          # now: a peer that is slow to read must not lose the time for its header
         self.deadline = time.monotonic() + HEADER_TIME
-        searched = 0
         while True:
-            end = self.ahead.find(b"\n", searched, HEADER_LIMIT) + 1
+            end = self.ahead.find(b"\n", 0, HEADER_LIMIT) + 1
             if end:
                 self.deadline = math.inf
                 return self.take(end)
             if len(self.ahead) >= HEADER_LIMIT:
                 raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
-            searched = len(self.ahead)
             await self.fill()
 
     def take(self, count):
@@ -1656,25 +1654,22 @@ class FtpHandler(socketserver.BaseRequestHandler):
     def handle(self):
         service = self.server.service
         session = service.welcome(self.request, self.client_address)
-        steps = session.run()
         try:
-            wait = steps.send(None)
-            while True:
-                if wait == BLOCKS:                          # as a thread may
-                    wait = steps.send(None)
-                elif wait in AT_ONCE:
-                    wait = self.in_turn(steps, self.server.turns[wait])
-                elif wait_for(*wait):
-                    wait = steps.send(None)
-                else:
-                    wait = steps.throw(socket.timeout())
+            with contextlib.closing(session.run()) as steps:
+                wait = steps.send(None)
+                while True:
+                    if wait == BLOCKS:                      # as a thread may
+                        wait = steps.send(None)
+                    elif wait in AT_ONCE:
+                        wait = self.in_turn(steps, self.server.turns[wait])
+                    elif wait_for(*wait):
+                        wait = steps.send(None)
+                    else:
+                        wait = steps.throw(socket.timeout())
         except StopIteration:
             pass
         finally:
-            try:
-                steps.close()
-            finally:
-                service.farewell(session)
+            service.farewell(session)
 
     def in_turn(self, steps, turns):
         """Let the session go on to its next wait when it is its turn."""
@@ -1862,7 +1857,7 @@ class SelectFtpServer:
         self.workers = Workers()
         self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
         self.back = collections.deque()             # (Task, its next wait) from the workers
-        self.alarms, self.tickets = [], itertools.count()       # heap of (time, ticket, Task); tickets break ties
+        self.alarms = []                            # heap of (time, id of the Task: breaks ties, Task)
         self.batch = collections.deque()            # of this turn's Tasks those that have to do with files
         self.slow_until = 0.0                       # time.monotonic() from which on the disk may be quick again
         self.create_socket(family, address)
@@ -1944,32 +1939,31 @@ class SelectFtpServer:
             self.wait(task, task.advance())
 
     def wait(self, task, wait):
-        """Note what a session waits for; if that can't be, the session ends and nothing else."""
+        """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
+        task.deadline = math.inf
         try:
-            self.note_wait(task, wait)
-        except Exception:
+            if wait == "done":
+                self.close(task)
+            elif wait == BLOCKS:
+                task.away = wait
+                self.batch.append(task)
+            elif wait in AT_ONCE:
+                self.hand_over(task, wait)
+            else:
+                self.wait_for_socket(task, *wait)
+        except Exception:           # it can't be: the session ends, and nothing else
             LOG.exception("%s bug", task.session.peer)
             self.close(task)
 
-    def note_wait(self, task, wait):
-        """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
-        task.deadline = math.inf
-        if wait == "done":
-            self.close(task)
-        elif wait == BLOCKS:
-            task.away = wait
-            self.batch.append(task)
-        elif wait in AT_ONCE:
-            self.hand_over(task, wait)
-        else:
-            sock, event, timeout = wait
-            if not task.event:
-                self.sel.register(sock, event, self.resume)
-            elif task.event != event:
-                self.sel.modify(sock, event, self.resume)
-            task.event = event
-            task.deadline = time.monotonic() + timeout
-            self.set_alarm(task)
+    def wait_for_socket(self, task, sock, event, timeout):
+        """Register for one event, and only when it changes."""
+        if not task.event:
+            self.sel.register(sock, event, self.resume)
+        elif task.event != event:
+            self.sel.modify(sock, event, self.resume)
+        task.event = event
+        task.deadline = time.monotonic() + timeout
+        self.set_alarm(task)
 
     def hand_over(self, task, kind):
         """Let a worker run a session as soon as it is its turn."""
@@ -2050,7 +2044,7 @@ class SelectFtpServer:
         """See to it that expire() looks at task when its deadline comes. An alarm that is early enough serves again."""
         if task.deadline < task.alarm:
             task.alarm = task.deadline
-            heapq.heappush(self.alarms, (task.alarm, next(self.tickets), task))
+            heapq.heappush(self.alarms, (task.alarm, id(task), task))
 
     def expire(self):
         """Wake the sessions whose wait is over without their socket being ready."""
