@@ -407,7 +407,7 @@ class Upload:
 
     def __init__(self, storage, parts, size, ident):
         self.storage, self.parts, self.size, self.ident = storage, parts, size, ident
-        self.partial = ident or "%s-%x" % (storage.nonce, next(storage.numbers))
+        self.partial = ident or os.urandom(16).hex()
         self.length = self.moved = 0
         self.result = "ok"          # of the transfer, for the log
         self.digest, self.hashed = hashlib.sha256(), 0      # of so many first bytes; None: nobody verifies
@@ -625,7 +625,6 @@ class Storage:
         self.claims = {}            # upload id under way here: function that ends its session
         self.renaming = threading.Lock()
         self.digests = collections.OrderedDict()        # Download.identity(): SHA-256
-        self.nonce, self.numbers = os.urandom(12).hex(), itertools.count()  # names of partials without an id
         self.next_sweep = 0.0
 
     def open_download(self, name):
@@ -1105,6 +1104,9 @@ class Session:
             self.payload, self.answering, self.doing, self.told = None, False, "request", False
             first = await self.wire.peek()
             self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
+            if self.full:
+                text = "%d clients are served already: try again later" % self.service.max_clients
+                raise Refusal("busy", text, closes=True)
             await (self.do_framed() if self.framed else self.do_classic())
             self.payload = None
             return True
@@ -1181,9 +1183,6 @@ class Session:
     async def do_framed(self):
         """Read one header and do what it asks."""
         ask = await self.read_header()
-        if self.full:
-            text = "%d clients are served already: try again later" % self.service.max_clients
-            raise Refusal("busy", text, closes=True)
         command = COMMANDS.get(ask["cmd"]) if isinstance(ask.get("cmd"), str) else None
         if command is None:
             raise BadMessage("'cmd' must be one of: %s" % " ".join(COMMANDS))
@@ -1418,8 +1417,6 @@ class Session:
     async def do_classic(self):
         """Read one classic request and do what it asks."""
         verb, name, size = await self.read_classic()
-        if self.full:
-            raise Refusal("busy", "%d clients are served already" % self.service.max_clients)
         self.doing = "%s %s" % (verb, name)
         await CLASSIC[verb](self, name, size)
 
