@@ -1557,6 +1557,7 @@ def tune_listener(sock, host):
     if host == "::":
         level = getattr(socket, "IPPROTO_IPV6", 41)     # Python has its name on Windows since 3.8
         sock.setsockopt(level, socket.IPV6_V6ONLY, 0)   # everybody, IPv4 too
+    sock.setblocking(False)         # what arrived may be gone before we get to it. Last: Python 3.6 changes sock.type
 
 
 # ==== Discovery: where is a server? One datagram, one answer ===============================================
@@ -1727,10 +1728,6 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
         threading.stack_size(256 << 10)                     # bytes for each thread, instead of the system's 8 MiB or so
         super().__init__(address, FtpHandler)
 
-    def server_bind(self):
-        super().server_bind()
-        self.socket.setblocking(False)                      # a client may be gone before accept() gets to it
-
     def service_actions(self):
         super().service_actions()
         for turns in self.turns.values():
@@ -1887,7 +1884,6 @@ class SelectFtpServer:
         except OSError:
             sock.close()
             raise
-        sock.setblocking(False)
         self.sel.register(sock, READ, callback)
         return sock
 

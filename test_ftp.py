@@ -3468,7 +3468,7 @@ def shows(steps, *wanted):
 
 
 SETUP = [("link loop", kind, method) for kind, method in (
-    ("ThreadFtpServer", "__init__"), ("TCPServer", "__init__"), ("BaseServer", "__init__"), ("ThreadFtpServer", "server_bind"),
+    ("ThreadFtpServer", "__init__"), ("TCPServer", "__init__"), ("BaseServer", "__init__"), ("Stoppable", "server_bind"),
     ("TCPServer", "server_bind"), ("TCPServer", "server_activate"), ("Stoppable", "serve_forever"), ("BaseServer", "serve_forever"))]
 LINK = [("link loop", kind, method) for kind, method in (
     ("BaseServer", "_handle_request_noblock"), ("ThreadFtpServer", "get_request"), ("ThreadFtpServer|Stoppable", "process_request"),
