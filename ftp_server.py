@@ -1851,7 +1851,7 @@ class SelectFtpServer:
         self.workers = Workers()
         self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
         self.back = collections.deque()             # (Task, its next wait) from the workers
-        self.alarms = []                            # heap of (time, id of the Task: breaks ties, Task)
+        self.alarms, self.tickets = [], itertools.count()       # heap of (time, ticket, Task); tickets break ties
         self.batch = collections.deque()            # of this turn's Tasks those that have to do with files
         self.slow_until = 0.0                       # time.monotonic() from which on the disk may be quick again
         self.create_socket(family, address)
@@ -2037,7 +2037,7 @@ class SelectFtpServer:
         """See to it that expire() looks at task when its deadline comes. An alarm that is early enough serves again."""
         if task.deadline < task.alarm:
             task.alarm = task.deadline
-            heapq.heappush(self.alarms, (task.alarm, id(task), task))
+            heapq.heappush(self.alarms, (task.alarm, next(self.tickets), task))
 
     def expire(self):
         """Wake the sessions whose wait is over without their socket being ready."""
