@@ -1488,7 +1488,7 @@ class Service:
         self.stopping = False
         self.sessions, self.served = set(), 0       # served: how many of them are not one too many (Session.full)
         self.senders = set()                        # sessions that send much just now
-        self.left = threading.Condition()           # guards sessions; notified when one ends
+        self.left = threading.Condition()           # guards sessions; notified when the last one ends
         self.reserve = os.open(os.devnull, os.O_RDONLY)
 
     def welcome(self, sock, address):
@@ -1505,7 +1505,8 @@ class Service:
         with self.left:
             self.sessions.discard(session)
             self.served -= not session.full
-            self.left.notify_all()
+            if not self.sessions:
+                self.left.notify_all()
 
     def slice(self):
         """Bytes that one of the senders may send at a time: small slices of many keep the receivers' data in the
@@ -1513,7 +1514,10 @@ class Service:
         return max(SLICE, TURN // len(self.senders))
 
     def cut_all(self):
+        """End what is under way, and forget the sessions that wait for a request: thousands of threads that wake at once
+        would keep each other and us from ending."""
         with self.left:
+            self.sessions = {session for session in self.sessions if session.doing != "request"}
             for session in self.sessions:
                 session.cut("the server stops")
 
@@ -2070,9 +2074,9 @@ class SelectFtpServer:
         self.socket.close()
         self.service.cut_all()
         give_up = time.monotonic() + STOP_TIME
-        while self.dic and time.monotonic() < give_up:
+        while self.service.sessions and time.monotonic() < give_up:
             self.turn()
-        if self.dic:
+        if self.service.sessions:
             return False
         for sock in [key.fileobj for key in self.sel.get_map().values()] + [self.button]:
             sock.close()

@@ -2900,6 +2900,9 @@ def test_stop_cuts_what_is_under_way_and_it_can_be_resumed(mode, folder, how):
         assert server.uploads() == {}
         for peer in peers:
             peer.rest()
+        lines = [[line for line in server.log().splitlines() if ":%d " % peer.sock.getsockname()[1] in line] for peer in peers]
+        assert [len(lines[number]) for number in (0, 1, 6)] == [1, 1, 1]  # connected: who waits for nothing is not woken
+        assert all(lines[number][-2].endswith("failed: the server stops") for number in (2, 3))
         kept = max(server.partials().values())
     with serve(mode, folder) as server:
         finish_upload(server, "x", data, identity, kept)
