@@ -871,9 +871,11 @@ def parse_classic(data):
 # ==== Waiting: two traps, and the wire built on them =====================================================
 
 @types.coroutine
-def ready(sock, event, timeout):
-    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds."""
-    yield sock, event, timeout
+def ready(sock, event, timeout, kind):
+    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds.
+
+    kind: as for announce(), if what comes next is more than an operation on the socket; else None."""
+    yield sock, event, timeout, kind
 
 
 @types.coroutine
@@ -917,10 +919,10 @@ class Wire:
         self.owed = bytearray()
         self.cut = None             # why it was ended from outside, see Session.cut()
 
-    async def attempt(self, event, operation, *args, blocks=False):
+    async def attempt(self, event, operation, *args, kind=None):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
 
-        blocks: it may wait for a disk all the same, as sendfile(2) may.
+        kind: BLOCKS if it may wait for a disk all the same, as sendfile(2) may; else None.
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
         left, start = None, time.monotonic()
@@ -934,9 +936,7 @@ class Wire:
                     raise ConnectionAbortedError
                 if patience <= 0:
                     raise socket.timeout
-                await ready(self.sock, event, min(patience, WAKE))
-                if blocks:
-                    await announce(BLOCKS)
+                await ready(self.sock, event, min(patience, WAKE), kind)
                 return operation(*args)
             except (BlockingIOError, InterruptedError):
                 pass
@@ -1018,7 +1018,7 @@ class Wire:
         """Send at most count bytes of a raw file from offset on; how many, 0 behind its end, None: sendfile() can't."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, blocks=True)
+        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=BLOCKS)
 
     def sendfile(self, fd, offset, count):
         """sendfile(2); None where the file's system can't do that."""
@@ -1664,8 +1664,8 @@ class FtpHandler(socketserver.BaseRequestHandler):
                         wait = steps.send(None)
                     elif wait in AT_ONCE:
                         wait = self.in_turn(steps, self.server.turns[wait])
-                    elif wait_for(*wait):
-                        wait = steps.send(None)
+                    elif wait_for(*wait[:3]):
+                        wait = wait[3] or steps.send(None)
                     else:
                         wait = steps.throw(socket.timeout())
         except StopIteration:
@@ -1825,11 +1825,12 @@ class Workers:
 
 class Task:
     """A session in the loop: its coroutine, and what that waits for."""
-    __slots__ = ("session", "steps", "sock", "event", "away", "deadline", "alarm")
+    __slots__ = ("session", "steps", "sock", "event", "kind", "away", "deadline", "alarm")
 
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
+        self.kind = None            # kind of the work that comes when sock is ready
         self.away = None            # kind of the work that a worker does for it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
@@ -1933,7 +1934,7 @@ class SelectFtpServer:
             self.sel.unregister(conn)
             task.event = 0
         else:
-            self.wait(task, task.advance())
+            self.wait(task, task.kind or task.advance())
 
     def wait(self, task, wait):
         """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
@@ -1952,13 +1953,13 @@ class SelectFtpServer:
             LOG.exception("%s bug", task.session.peer)
             self.close(task)
 
-    def wait_for_socket(self, task, sock, event, timeout):
+    def wait_for_socket(self, task, sock, event, timeout, kind):
         """Register for one event, and only when it changes."""
         if not task.event:
             self.sel.register(sock, event, self.resume)
         elif task.event != event:
             self.sel.modify(sock, event, self.resume)
-        task.event = event
+        task.event, task.kind = event, kind
         task.deadline = time.monotonic() + timeout
         self.set_alarm(task)
 
