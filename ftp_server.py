@@ -1515,11 +1515,13 @@ class Service:
 
     def cut_all(self):
         """End what is under way, and forget the sessions that wait for a request: thousands of threads that wake at once
-        would keep each other and us from ending."""
+        would keep each other and us from ending. True where there were none."""
         with self.left:
-            self.sessions = {session for session in self.sessions if session.doing != "request"}
+            idle = {session for session in self.sessions if session.doing == "request"}
+            self.sessions -= idle
             for session in self.sessions:
                 session.cut("the server stops")
+        return not idle
 
     def accept(self, listener):
         """Accept a connection: (socket, address), or None.
@@ -1750,13 +1752,13 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
         threading.Thread(target=self.discovery.serve_forever, daemon=True).start()
 
     def stop(self):
-        """End all sessions; False where some didn't end in time."""
+        """End all sessions; False where threads are left."""
         self.server_close()
         if self.discovery:
             self.discovery.server_close()
-        self.service.cut_all()
+        all_end = self.service.cut_all()
         with self.service.left:
-            return self.service.left.wait_for(lambda: not self.service.sessions, STOP_TIME)
+            return self.service.left.wait_for(lambda: not self.service.sessions, STOP_TIME) and all_end
 
 
 class DiscoveryHandler(socketserver.BaseRequestHandler):
@@ -2075,10 +2077,12 @@ class SelectFtpServer:
         self.socket.close()
         self.service.cut_all()
         give_up = time.monotonic() + STOP_TIME
-        while self.service.sessions and time.monotonic() < give_up:
+        while self.service.sessions or any(task.away for task in self.dic.values()):
+            if time.monotonic() > give_up:
+                return False
             self.turn()
-        if self.service.sessions:
-            return False
+        for task in list(self.dic.values()):        # those that wait for a request
+            self.close(task)
         for sock in [key.fileobj for key in self.sel.get_map().values()] + [self.button]:
             sock.close()
         self.sel.close()
@@ -2383,8 +2387,9 @@ def main(argv=None):
     server.serve_forever()
     stopped = server.stop()
     on_signals(signal.SIG_IGN)      # a second one would kill us at the very end
-    if not stopped:                 # a thread hangs on a disk: leave without it
-        LOG.warning("stopped; what was under way goes on as partial files")
+    if not stopped:                 # a thread waits for a client, or hangs on a disk: leave without it
+        if server.service.sessions:
+            LOG.warning("stopped; what was under way goes on as partial files")
         logging.shutdown()
         os._exit(0)
     return 0
