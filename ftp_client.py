@@ -950,6 +950,10 @@ class Get(Job):
             if offset == self.size:
                 self.check(digest)
                 self.outcome = "already here"
+                if os.path.lexists(self.target.partial):    # empty, or we had asked with it: of a get that was killed
+                    with contextlib.suppress(Failed):
+                        self.target.open()
+                    self.target.close()
                 return
             self.copy_here(offset, digest)
         self.open_at(offset)

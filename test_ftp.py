@@ -4544,6 +4544,16 @@ def test_of_a_file_that_has_grown_only_the_rest_is_fetched(lone, work):
     assert tree(work, hidden=True) == {"x": data[:300000], "x-2": data}
 
 
+def test_partial_of_a_get_that_was_killed_at_once_goes_though_the_file_is_here_already(lone, work):
+    name = os.path.join(str(work), partial_name("x"))
+    lone.serves("x", b"hello")
+    fill(work, {"x": b"hello", partial_name("x"): b""})
+    assert client(lone, "get", "x", cwd=work).out == "x: already here\n" and tree(work, hidden=True) == {"x": b"hello"}
+    with open(name, "wb") as file:
+        ftp_client.lock(file.fileno())
+        assert client(lone, "get", "x", cwd=work).out == "x: already here\n" and os.path.exists(name)  # under way elsewhere
+
+
 def test_file_here_that_changes_before_the_answer_is_not_mixed_with_it(work):
     def get(peer, header):
         fill(work, {"x": b"M" * 1000})
