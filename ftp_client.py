@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import posixpath
 import re
 import select
 import socket
@@ -76,8 +75,9 @@ class Failed(Exception):
 class Refusal(Failed):
     """The server, or a check before it, says no."""
 
-    def __init__(self, code, text):     # the code is for those who answer with it: see the server
+    def __init__(self, code, text):
         super().__init__(text)
+        self.code = code
 
 
 class BadMessage(Failed):
@@ -1326,24 +1326,33 @@ class FtpClient:
 
     def find_remote(self, pattern):
         """The remote names that a pattern stands for: a list of entries with full names."""
-        folder, _, last = pattern.rpartition("/")
-        if not WILD.search(folder):
-            return self.matching(folder, last)
-        found = []
-        for parent in [entry["name"] for entry in self.find_remote(folder) if entry["type"] == "dir"]:
-            try:
-                found += self.matching(parent, last)
-            except Refusal as error:            # a folder that is not for us hides no others
-                self.fail(parent, error)
-        return found
+        *folders, last = pattern.split("/")
+        parents, wild = [""], False
+        for part in folders:
+            if WILD.search(part):
+                parents = [parent + entry["name"] + "/" for parent in parents
+                           for entry in self.matching(parent, part, wild) if entry["type"] == "dir"]
+                wild = True
+            else:
+                parents = [parent + part + "/" for parent in parents]
+        return [dict(entry, name=parent + entry["name"]) for parent in parents
+                for entry in self.matching(parent, last, wild)]
 
-    def matching(self, folder, pattern):
-        """The entries of a remote folder that match a pattern; one that is literally there counts as that."""
-        entries = self.ls(folder)
-        found = [entry for entry in entries if entry["name"] == pattern] or [
-            entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)
-            and entry["name"].startswith(".") <= pattern.startswith(".")]      # as in a shell
-        return [dict(entry, name=posixpath.join(folder, entry["name"])) for entry in found]
+    def matching(self, parent, pattern, wild):
+        """The entries of a remote folder that match a pattern; one that is literally there counts as that.
+
+        wild: the folder's own name comes from a pattern, so it need not be there."""
+        try:
+            entries = self.ls(parent.rstrip("/"))
+        except Refusal as error:
+            if not wild:
+                raise
+            if error.code not in ("not-found", "not-a-file"):       # a folder that is not for us hides no others
+                self.fail(parent.rstrip("/"), error)
+            return []
+        exact = [entry for entry in entries if entry["name"] == pattern]
+        return exact or [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)
+                         and entry["name"].startswith(".") <= pattern.startswith(".")]      # as in a shell
 
 
 def advice(error, address, timeout):
