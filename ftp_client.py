@@ -56,6 +56,7 @@ QUIET_TIME = 0.02          # seconds without a further byte that end a classic a
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL), re.DOTALL)      # all of that file's name, see Target
 WILD = re.compile(r"[*?\[]")     # what makes a name a pattern
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")     # what turns around how a terminal shows what follows
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
@@ -707,6 +708,9 @@ class Job:
         self.client, self.name, self.size = client, name, size      # the name on the wire
         self.hashed = None, None    # what hash_once() has hashed last, and the digest
 
+    def ask_first(self):
+        """Note that the line is bad: what is there already is worth a question."""
+
     def drop(self):
         """Let go of what is open."""
 
@@ -758,6 +762,9 @@ class Put(Job):
                 self.send_at_once(file, before)
             else:
                 raise Failed("the file grew meanwhile: try again")
+
+    def ask_first(self):
+        self.alone = self.size > TINY
 
     def header(self, mtime, **more):
         if not self.client.verify:
@@ -911,7 +918,7 @@ class Get(Job):
         super().__init__(client, name, size)
         if UNFINISHED.fullmatch(os.path.basename(path)):
             raise Failed("a get that was never finished left it there")
-        if replace and os.path.isdir(path):
+        if replace and os.path.isdir(path) and not os.path.islink(path):
             raise Failed("a folder here has that name")
         self.target, self.replace = Target(path), replace
         self.asked = None           # (length, digest) of what is here already and was told to the server
@@ -1038,7 +1045,7 @@ class FtpClient:
         self.options, self.verify = options, not options.no_verify
         self.classic, self.greeted = options.classic, False
         self.link, self.tries, self.window = None, 0, WINDOW
-        self.asked = 0                          # of the jobs to do so many, the first ones, are under way
+        self.todo, self.asked = collections.deque(), 0      # jobs to do; so many of them, the first ones, are under way
         self.failed = []                        # what the command that runs could not do
         self.left_out = []                      # what a listing holds that we could not ask for or must not show
         self.bar = Bar(0, 0, False)
@@ -1056,6 +1063,8 @@ class FtpClient:
         except (OSError, UnicodeError) as error:
             raise Unreachable(advice(error, self.port, self.options.timeout)) from None
         self.link = Link(sock, self.options.timeout, self.show)
+        for job in itertools.islice(self.todo, self.asked):
+            job.ask_first()
         self.asked = 0                          # what was under way has to be asked for again
         if not self.classic:
             self.greet(self.link)
@@ -1112,7 +1121,8 @@ class FtpClient:
 
     def run(self, jobs):
         """Do jobs, many of them under way at a time; go on after a failure. True where all of the command went well."""
-        self.todo, self.tries, self.window, self.folders = collections.deque(jobs), 0, WINDOW, set()
+        self.todo, self.asked, self.folders = collections.deque(jobs), 0, set()
+        self.tries, self.window = 0, WINDOW
         self.bar = Bar(len(jobs), sum(job.size for job in jobs), self.options.bar)
         try:
             if jobs:
@@ -1142,12 +1152,9 @@ class FtpClient:
 
     def go_on(self, error):
         """Take a connection that broke up again; if that was done often enough, without the file that is next."""
-        job = self.todo[0]
-        if job.size > TINY:         # what is there of it already is worth a question from now on
-            job.alone = True
         self.window = 1             # what is sent in vain must not use up each connection
         if not self.recover(error):
-            self.todo.popleft()
+            job = self.todo.popleft()
             job.drop()
             self.fail(job.name, "given up: %s" % error)
             self.tries = max(0, self.options.retries - 1)       # the next one has a try of its own
@@ -1232,7 +1239,7 @@ class FtpClient:
             step()
             return True
         except (Failed, OSError, RecursionError) as error:
-            if isinstance(error, BadMessage) or not job.read_past():
+            if self.classic or isinstance(error, BadMessage) or not job.read_past():
                 self.close()
             self.fail(job.name, reason(error))
         job.drop()
@@ -1818,7 +1825,7 @@ def complete_remote(client, word):
     folder = word.rpartition("/")[0]
     prefix = folder + "/" if folder else ""
     return [prefix + entry["name"] + ("/" if entry["type"] == "dir" else "") for entry in client.ls_once(folder)
-            if (prefix + entry["name"]).startswith(word) and entry["name"].isprintable()]     # readline escapes nothing
+            if (prefix + entry["name"]).startswith(word) and not BIDI.search(entry["name"])]  # readline escapes nothing
 
 
 # ==== Command line ========================================================================================

@@ -720,7 +720,7 @@ class Storage:
             if time.monotonic() > give_up:
                 raise Refusal("busy", "an older session is still storing this file: try again in a moment")
             cut_older()
-            time.sleep(0.01)
+            time.sleep(0.001)
             yield BLOCKS            # in between: who has it may need a worker to let go
 
     def make_folder(self, name):
@@ -1517,7 +1517,9 @@ class Service:
         """End what is under way, and forget the sessions that wait for a request: thousands of threads that wake at once
         would keep each other and us from ending. True where there were none."""
         with self.left:
-            idle = {session for session in self.sessions if session.doing == "request"}
+            for session in self.sessions:
+                session.wire.cut = "the server stops"       # first: what begins from now on ends at its first wait
+            idle = {session for session in self.sessions if session.doing == "request" and not session.resumed}
             self.sessions -= idle
             for session in self.sessions:
                 session.cut("the server stops")

@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
@@ -2690,6 +2691,39 @@ def test_server_stops_while_the_disk_hangs(mode, folder):
 @posix
 @early
 @in_all_modes_at_once
+def test_server_stops_while_the_disk_hangs_under_a_client_that_says_nothing(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
+        assert peer.ask({"cmd": "resume", "name": "x", "size": 5, "id": upload_id()})["offset"] == 0
+        faults.arm("hold", ["unlink"])
+        server.stop()
+        assert faults.struck()
+
+
+@posix
+@early
+@in_all_modes_at_once
+def test_what_begins_while_the_server_stops_is_not_done(mode, folder):
+    faults = Faults(folder)
+    with serve(mode, folder, faults=faults) as server, server.peer() as hung, server.peer() as late:
+        assert late.hello()["ok"]
+        faults.arm("hold", ["fsync"])
+        hung.send(put_header("x", b"123"), b"123", {"sha256": None})
+        wait_for(faults.struck)
+
+        def begin():
+            assert hung.closed()  # so the server has begun to stop, and a second to wait for the disk
+            late.send(put_header("y", b"123"), b"123", {"sha256": None})
+            return late.rest()
+
+        assert at_once(server.stop, begin)[1] == b""
+        faults.disarm()
+        assert server.uploads() == {} and len(server.partials()) == 1
+
+
+@posix
+@early
+@in_all_modes_at_once
 def test_client_that_reads_nothing_gets_no_error_in_the_middle_of_an_answer(mode, folder):
     with serve(mode, folder, "--timeout", "0.3") as server, server.slow_peer() as peer:
         server.serves("x", content(200000))
@@ -4067,6 +4101,21 @@ def test_what_can_not_be_done_does_not_keep_the_rest_of_a_get_back(lone, work):
     assert tree(work, hidden=True) == {"x": b"a file", "y": b"y", "deep": b"deep"}
 
 
+def test_literal_part_of_a_pattern_is_not_looked_for_in_a_listing(work):
+    held = {"": [("a1", "dir"), ("a2", "dir"), ("b", "dir")], "a1/docs": [("f", "file")]}  # by a server that ignores case
+
+    def ls(peer, header):
+        if header["path"].lower() not in held:
+            return peer.send({"ok": False, "code": "not-found", "error": "no such folder"})
+        listing = wired(*({"name": name, "type": kind, "size": 0, "mtime": 0} for name, kind in held[header["path"].lower()]))
+        peer.send({"ok": True, "size": len(listing)}, listing)
+
+    with fake_server(ls=ls) as (port, headers):
+        done = client(port, "ls", "a*/DOCS/f*", cwd=work)
+    assert (done.code, done.err) == (0, "") and done.out.endswith("  a1/DOCS/f\n") and done.out.count("\n") == 1
+    assert [header.get("path") for header in headers] == [None, "", "a1/DOCS", "a2/DOCS"]
+
+
 def test_one_file_named_twice_is_fetched_once(lone, work):
     fill(lone.download, {"x": b"x"})
     fill(work, {"x": b"old"})
@@ -4259,6 +4308,12 @@ def test_get_keeps_both_and_replaces_only_with_f(lone, work):
     (work / "y").mkdir()
     done = client(lone, "get", "-f", "y", cwd=work)
     assert (done.code, done.err) == (1, "y: a folder here has that name\n") and os.listdir(str(work / "y")) == []
+    if os.name == "posix":
+        (work / "x-2.txt").unlink()
+        (work / "x-2.txt").symlink_to("y")
+        lone.serves("x-2.txt", b"no link")
+        assert client(lone, "get", "-f", "x-2.txt", cwd=work).code == 0
+        assert tree(work, hidden=True) == {"x.txt": b"theirs", "x-2.txt": b"no link", "y": None}
 
 
 def test_put_tells_the_name_that_was_stored(lone, work):
@@ -5321,6 +5376,24 @@ def test_server_that_reads_nothing_and_says_a_little_again_and_again_is_given_up
     assert done.code == 1 and done.err.startswith("d/00: given up: ")
 
 
+def test_classic_server_that_has_the_file_no_more_is_not_waited_for(work):
+    with listen() as listener, ThreadPoolExecutor(1) as pool:
+        def talk():
+            with Peer(listener.accept()[0]) as peer:
+                assert peer.read(7) == b"get|x|0"
+                peer.send(b"YES|1000")
+                assert peer.read(13) == b"second_active"
+                peer.send(b"half of it")
+            with Peer(listener.accept()[0]) as peer:
+                assert peer.read(7) == b"get|x|0"
+                peer.send(b"NO|0")
+                assert peer.closed()
+        talking = pool.submit(talk)
+        done = client(listener.getsockname()[1], "--classic", "get", "x", cwd=work, patch="import ftp_client; ftp_client.FIRST_PAUSE = 0.1")
+        talking.result(PATIENCE)
+    assert done.code == 1 and done.err.endswith("x: the server has no such file\n")
+
+
 def test_classic_answer_in_pieces_is_one_answer(work):
     with listen() as listener, ThreadPoolExecutor(1) as pool:
         def talk():
@@ -5373,6 +5446,25 @@ def test_classic_answer_counts_though_the_server_closes_behind_it(work, command,
     with raw_server([answer]) as port:
         done = client(port, "--classic", command, "x", cwd=work)
     assert (done.code, done.err) == (code, told)
+
+
+def test_what_was_under_way_when_the_line_broke_is_asked_about_first(work):
+    got = []
+
+    def put(peer, header):
+        got.append(header["name"])
+        peer.read(header["size"] - header["offset"] if "offset" in header else header["size"])
+        last = peer.line()
+        if len(got) == 2:
+            raise Hangup
+        if len(got) > 2:
+            peer.send({"ok": True, "name": header["name"], "size": header["size"], "sha256": last["sha256"], "duplicate": False})
+
+    fill(work, {name: content(50000, number) for number, name in enumerate("ab")})
+    with fake_server(put=put, resume={"ok": True, "offset": 0, "sha256": sha(b"")}) as (port, headers):
+        done = client(port, "put", "a", "b", cwd=work, patch="import ftp_client; ftp_client.FIRST_PAUSE = 0.1")
+    assert done.code == 0
+    assert [header["cmd"] for header in headers] == ["hello", "put", "put", "hello", "resume", "put", "resume", "put"]
 
 
 @early
@@ -5783,6 +5875,15 @@ def test_completed_names_can_be_used(work, monkeypatch, line, found):
     for name in found:
         words = ftp_client.split_words(line[:len(line) - len(text)] + name)
         assert name.endswith("/") or os.path.exists(os.path.expanduser(words[-1]))
+
+
+@cases("name, offered", {
+    "a screenshot on macOS": ("Shot 9.41\u202fAM.png", ["\"Shot 9.41\u202fAM.png\" "]), "wide space": ("S\u3000.txt", ["\"S\u3000.txt\" "]),
+    "turned around": ("S\u202etxt.exe", []), "isolated": ("S\u2066x", []),
+})
+def test_completed_remote_names_can_not_command_the_terminal(name, offered):
+    server = types.SimpleNamespace(ls_once=lambda folder: [{"name": name, "type": "file"}])
+    assert ftp_client.completions(server, "S", "get S") == offered
 
 
 @pytest.mark.parametrize("label", ["e\u0301" * 60, "成绩" * 60, "x" * 4000, "a\u0301"], ids=["NFD", "wide", "long", "short"])
