@@ -449,7 +449,7 @@ class Upload:
             try:
                 lock(fd)
                 info = os.fstat(fd)
-                named = not self.ident or os.name == "nt" or self.folder.has(self.partial, info)    # Windows keeps an open file's name
+                named = not self.ident or os.name == "nt" or self.folder.has(self.partial, info)    # Windows keeps it
             except BaseException as error:
                 os.close(fd)
                 if not self.ident:
