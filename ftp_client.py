@@ -591,11 +591,12 @@ class Target:
                 fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
             file = io.FileIO(fd, "rb+")
             try:
-                info = self.lock(file.fileno())
+                info = self.lock(fd)
                 named = os.name == "nt" or self.has_name(info)      # Windows keeps an open file's name
                 if named and info.st_nlink == 1:
                     self.file = file
-                elif named:                 # published, and killed before this name was taken away
+                    return info.st_size
+                if named:                   # published, and killed before this name was taken away
                     if os.name == "nt":     # Windows doesn't remove an open file
                         file.close()
                     os.unlink(self.partial)
@@ -1558,8 +1559,9 @@ def add_put(client, path, recursive, jobs):
             with client.telling(name):
                 jobs.append(MakeFolder(client, name))
         for file in files:
-            with client.telling(os.path.join(folder, file)):
-                jobs.append(Put(client, os.path.join(folder, file), os.path.join(name, file)))
+            file_path = os.path.join(folder, file)
+            with client.telling(file_path):
+                jobs.append(Put(client, file_path, os.path.join(name, file)))
         for link in links:
             client.fail(os.path.join(folder, link), "a link to a folder, left out")
     for error in unread:

@@ -2677,24 +2677,20 @@ def test_partial_that_is_removed_or_cut_on_a_hanging_disk_makes_nobody_else_wait
             faults.disarm()
 
 
-@posix
-@early
-@in_all_modes_at_once
-def test_server_stops_while_the_disk_hangs(mode, folder):
-    faults, data = Faults(folder), content(MIB)
-    with serve(mode, folder, faults=faults) as server, server.begin_upload("x", data, 300000):
-        faults.arm("hold", ["unlink"])
-        server.stop()
-        assert faults.struck()
+def begin_resume(server):
+    """Let a server hold an upload for a client that says nothing more; return the peer."""
+    peer = server.peer()
+    assert peer.ask({"cmd": "resume", "name": "x", "size": 5, "id": upload_id()})["offset"] == 0
+    return peer
 
 
 @posix
+@cases("begin", {"in the middle of a put": lambda server: server.begin_upload("x", content(MIB), 300000), "after a resume": begin_resume})
 @early
 @in_all_modes_at_once
-def test_server_stops_while_the_disk_hangs_under_a_client_that_says_nothing(mode, folder):
+def test_server_stops_while_the_disk_hangs(mode, folder, begin):
     faults = Faults(folder)
-    with serve(mode, folder, faults=faults) as server, server.peer() as peer:
-        assert peer.ask({"cmd": "resume", "name": "x", "size": 5, "id": upload_id()})["offset"] == 0
+    with serve(mode, folder, faults=faults) as server, begin(server):
         faults.arm("hold", ["unlink"])
         server.stop()
         assert faults.struck()
