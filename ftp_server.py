@@ -1513,15 +1513,17 @@ class Service:
         processor's cache, and nobody waiting."""
         return max(SLICE, TURN // len(self.senders))
 
-    def cut_all(self):
-        """End what is under way, and forget the sessions that wait for a request: thousands of threads that wake at once
-        would keep each other and us from ending. True where there were none."""
+    def cut_all(self, give_up):
+        """End what is under way, until time.monotonic() is give_up, and forget the sessions that wait for a request:
+        thousands of threads that wake at once would keep each other and us from ending. True where there were none."""
         with self.left:
             for session in self.sessions:
                 session.wire.cut = "the server stops"       # first: what begins from now on ends at its first wait
             idle = {session for session in self.sessions if session.doing == "request" and not session.resumed}
             self.sessions -= idle
-            for session in self.sessions:
+            busy = list(self.sessions)
+        for session in busy:                                # not while we hold what they need to end
+            if time.monotonic() < give_up:
                 session.cut("the server stops")
         return not idle
 
@@ -1758,9 +1760,10 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
         self.server_close()
         if self.discovery:
             self.discovery.server_close()
-        all_end = self.service.cut_all()
+        give_up = time.monotonic() + STOP_TIME
+        all_end = self.service.cut_all(give_up)
         with self.service.left:
-            return self.service.left.wait_for(lambda: not self.service.sessions, STOP_TIME) and all_end
+            return self.service.left.wait_for(lambda: not self.service.sessions, give_up - time.monotonic()) and all_end
 
 
 class DiscoveryHandler(socketserver.BaseRequestHandler):
@@ -2077,8 +2080,8 @@ class SelectFtpServer:
         """End all sessions; False where some didn't end in time."""
         self.sel.unregister(self.socket)
         self.socket.close()
-        self.service.cut_all()
         give_up = time.monotonic() + STOP_TIME
+        self.service.cut_all(give_up)
         while self.service.sessions or any(task.away for task in self.dic.values()):
             if time.monotonic() > give_up:
                 return False
@@ -2392,7 +2395,6 @@ def main(argv=None):
     if not stopped:                 # a thread waits for a client, or hangs on a disk: leave without it
         if server.service.sessions:
             LOG.warning("stopped; what was under way goes on as partial files")
-        logging.shutdown()
         os._exit(0)
     return 0
 
