@@ -477,7 +477,9 @@ def open_source(path):
 def size_of(path):
     try:
         return os.path.getsize(path)
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:           # nothing can ever be stored there
+            raise
         return 0                                        # opening it will say what is wrong
 
 

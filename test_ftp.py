@@ -4080,6 +4080,7 @@ def test_folder_comes_down_whole_with_r(lone, work):
     "folders without -r": (["d*"], "d: a folder: use get -r"),
     "folder in the way": (["-r", "d", "-o", "there"], "Not a directory"),
     "folder in a file's way": (["-f", "x"], "x: a folder here has that name\n"),
+    "name that no file can have": (["d/d2/y", "-o", "n" * 256], ": File name too long\n"),
 })
 def test_get_that_can_not_be_done_as_asked_is_told_and_does_not_mix_files_up(lone, work, arguments, problem):
     fill(lone.download, {"x": b"x", "d/d2/y": b"y"})
