@@ -357,15 +357,14 @@ class Link:
         """Read one header: its first byte within timeout + patience seconds, the rest within HEADER_TIME."""
         if not self.ahead:
             self.fill(self.timeout + patience)
-        self.deadline, searched = time.monotonic() + HEADER_TIME, 0
+        self.deadline = time.monotonic() + HEADER_TIME
         try:
             while True:
-                end = self.ahead.find(b"\n", searched, HEADER_LIMIT) + 1
+                end = self.ahead.find(b"\n", 0, HEADER_LIMIT) + 1
                 if end:
                     return self.take(end)
                 if len(self.ahead) >= HEADER_LIMIT:
                     raise BadMessage("a header is longer than %d bytes" % HEADER_LIMIT)
-                searched = len(self.ahead)
                 self.fill()
         finally:
             self.deadline = math.inf
@@ -531,7 +530,7 @@ def same_content(one, other):
         with open_source(one) as first, open_source(other) as second:
             if os.fstat(first.fileno()).st_size != os.fstat(second.fileno()).st_size:
                 return False
-            return all(data == second.read(CHUNK) for data in iter(lambda: first.read(CHUNK), b""))
+            return all(data == second.read(CHUNK) for data in iter(lambda: first.read(CHUNK), b"")) and not second.read(1)
     except Failed as error:
         if getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
             raise                       # who knows?
@@ -924,7 +923,7 @@ class Get(Job):
         if replace and os.path.isdir(path) and not os.path.islink(path):
             raise Failed("a folder here has that name")
         self.target, self.replace = Target(path), replace
-        self.asked = None           # (length, digest) of what is here already and was told to the server
+        self.here = None            # (length, digest) of what is here already and was told to the server
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
         self.partial_size, self.path_size = size_of(self.target.partial), size_of(path)
         self.alone = self.partial_size > 0 or self.path_size > SMALL
@@ -939,7 +938,7 @@ class Get(Job):
             with contextlib.suppress(Failed), open_source(self.target.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 offset, digest = size, self.hash_once(file, size)
-        self.asked = offset, digest
+        self.here = offset, digest
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
         if not self.client.verify:
             more["verify"] = False
@@ -947,10 +946,10 @@ class Get(Job):
 
     def finish(self):
         link = self.client.link
-        asked, digest = self.asked
-        size, offset, mtime = fields(link.answer(work_time(asked)), "size", "offset", "mtime")
+        length, digest = self.here
+        size, offset, mtime = fields(link.answer(work_time(length)), "size", "offset", "mtime")
         self.resize(size)
-        if offset not in (0, asked) or offset > self.size:
+        if offset not in (0, length) or offset > self.size:
             raise BadMessage("an offset that was not asked for")
         if not offset:
             digest = hashlib.sha256()
@@ -960,8 +959,8 @@ class Get(Job):
             if offset == self.size:
                 self.check(digest)
                 self.outcome = "already here"
-                if os.path.lexists(self.target.partial):    # empty, or we had asked with it: of a get that was killed
-                    with contextlib.suppress(Failed):
+                if os.path.lexists(self.target.partial):    # an empty one, which a killed get left: else it had been asked with
+                    with contextlib.suppress(Failed, OSError):
                         self.target.open()
                     self.target.close()
                 return
@@ -1771,6 +1770,7 @@ def command_fanout(client):
         except ValueError:
             note("that line is not text in this terminal's encoding")
         except KeyboardInterrupt:
+            client.close()              # who knows where in the stream we are
             note(client.stopped() if line else "")
         except (EOFError, OSError):         # the latter: nobody reads what is printed
             return say("")
@@ -1808,6 +1808,8 @@ def completions(client, text, line):
     word = line.rsplit(quote, 1)[1] if quote else text
     names = complete_remote(client, word) if command in ("get", "ls") else complete_local(word)
     before = len(quote + word) - len(text)      # characters in front of those that readline replaces
+    if before < 0:                              # the quote is inside a word
+        return []
     found = []
     for name in names:
         mark = quote or ("'" if "\"" in name else "\"" if re.search(r"[\s']", name) else "")

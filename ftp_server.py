@@ -622,7 +622,8 @@ class Storage:
     def __init__(self, upload, download, overwrite=False, fsync=True, max_size=None):
         self.upload, self.download = upload, download
         self.overwrite, self.fsync, self.max_size = overwrite, fsync, max_size
-        self.claims = {}            # upload id under way here: function that ends its session
+        self.claims = {}            # upload id under way here: (ticket, function that ends its session)
+        self.tickets = itertools.count()
         self.renaming = threading.Lock()
         self.digests = collections.OrderedDict()        # Download.identity(): SHA-256
         self.next_sweep = 0.0
@@ -712,14 +713,15 @@ class Storage:
 
     def claim(self, ident, cut):
         """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Refusal."""
-        give_up = time.monotonic() + TAKEOVER_TIME
+        start = time.monotonic()
+        mine = next(self.tickets), cut
         while True:
-            cut_older = self.claims.setdefault(ident, cut)      # one step: needs no lock
-            if cut_older is cut:
+            holder = self.claims.setdefault(ident, mine)        # one step: needs no lock
+            if holder is mine:
                 return
-            if time.monotonic() > give_up:
-                raise Refusal("busy", "an older session is still storing this file: try again in a moment")
-            cut_older()
+            if holder > mine or time.monotonic() > start + TAKEOVER_TIME:     # tickets differ: cut is never compared
+                raise Refusal("busy", "another session is storing this file: try again in a moment")
+            holder[1]()
             time.sleep(0.001)
             yield BLOCKS            # in between: who has it may need a worker to let go
 

@@ -1894,6 +1894,24 @@ def test_file_published_at_the_instant_of_a_kill_is_never_written_to_again(mode,
         assert server.stored("x") == old
 
 
+@pytest.mark.parametrize("first", ["newer", "older"])
+def test_of_two_that_wait_for_an_upload_the_newer_one_gets_it(tmp_path, first):
+    storage, cut = ftp_server.Storage(str(tmp_path), str(tmp_path)), []
+    list(storage.claim("id", lambda: cut.append("holder")))
+    waiting = {who: storage.claim("id", lambda who=who: cut.append(who)) for who in ("older", "newer")}
+    for who in ("older", "newer"):
+        assert next(waiting[who]) == ftp_server.BLOCKS
+    assert cut == ["holder", "holder"]
+    del storage.claims["id"]
+    assert list(waiting[first]) == []
+    if first == "newer":
+        with pytest.raises(ftp_server.Refusal, match="another session"):
+            next(waiting["older"])
+    else:
+        assert next(waiting["newer"]) == ftp_server.BLOCKS
+    assert cut[2:] == ([] if first == "newer" else ["older"])
+
+
 @posix
 def test_partial_published_by_another_server_before_the_lock_is_never_written_to_again(tmp_path, monkeypatch):
     storage, lock, identity = ftp_server.Storage(str(tmp_path), str(tmp_path)), ftp_server.lock, upload_id()
@@ -4604,6 +4622,19 @@ def test_partial_of_a_get_that_was_killed_at_once_goes_though_the_file_is_here_a
     with open(name, "wb") as file:
         ftp_client.lock(file.fileno())
         assert client(lone, "get", "x", cwd=work).out == "x: already here\n" and os.path.exists(name)  # under way elsewhere
+    if os.name == "posix":
+        os.unlink(name)
+        os.symlink("nowhere", name)  # never opened
+        assert client(lone, "get", "x", cwd=work) == (0, "x: already here\n", "")
+
+
+@pytest.mark.parametrize("more, same", [(b"", True), (b"x", False)], ids=["equal", "grown"])
+def test_file_here_that_grows_while_it_is_compared_is_another(tmp_path, monkeypatch, more, same):
+    size = ftp_client.CHUNK
+    fill(tmp_path, {"x": content(size), "y": content(size) + more})
+    looks_alike = os.stat(str(tmp_path / "x"))
+    monkeypatch.setattr(ftp_client.os, "fstat", lambda fd: looks_alike)
+    assert ftp_client.same_content(str(tmp_path / "x"), str(tmp_path / "y")) is same
 
 
 def test_file_here_that_changes_before_the_answer_is_not_mixed_with_it(work):
@@ -5648,6 +5679,19 @@ def test_ctrl_c_when_all_is_done_is_no_traceback(lone, work):
     assert done == (130, "", "stopped\n")
 
 
+def test_ctrl_c_at_the_prompt_leaves_no_connection_over_which_a_late_answer_may_come(monkeypatch):
+    def interrupted(client, words):
+        raise KeyboardInterrupt
+
+    typed, closed = ["ls"], []
+    monkeypatch.setattr("builtins.input", lambda prompt: typed.pop() if typed else sys.exit())
+    monkeypatch.setattr(ftp_client, "set_up_readline", lambda client: None)
+    monkeypatch.setattr(ftp_client, "run_command", interrupted)
+    with pytest.raises(SystemExit):
+        ftp_client.command_fanout(types.SimpleNamespace(close=lambda: closed.append(True), stopped=lambda: "stopped"))
+    assert closed == [True]
+
+
 @posix
 def test_ctrl_c_in_a_shell_command_that_is_the_command(work):
     for command in ("!kill -INT $$", "!exit 130"):  # the latter is what a shell says of a command that it ended
@@ -5860,7 +5904,7 @@ def test_tab_completes_commands_local_names_and_remote_names(lone, work):
 @pytest.mark.parametrize("line, found", [
     ("put it", ["\"it's.txt\" "]), ("put q", ["'q\"t.txt' "]), ("put a", ["\"a b.txt\" "]),
     ("put \"a b", ["b.txt\" "]), ("put \"it's.txt\" q", ["'q\"t.txt' "]), ("put t", ["\"t\tab\" "]),
-    ("put ~/s", ["~/sub/"]), ("put ~/sub/", ["~/sub/x "]),
+    ("put ~/s", ["~/sub/"]), ("put ~/sub/", ["~/sub/x "]), ("put it's", []),
 ])
 def test_completed_names_can_be_used(work, monkeypatch, line, found):
     fill(work, {"it's.txt": b"", "q\"t.txt": b"", "a b.txt": b"", "t\tab": b"", "sub/x": b""})
