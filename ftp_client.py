@@ -174,7 +174,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 DIGITS_LIMIT = 1000
 NESTING_LIMIT = 100
-BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
+BRACKETS, NO_BRACKETS = bytes.maketrans(b"{[}]", b"\1\1\xff\xff"), bytes(set(range(256)) - set(b"[]{}"))
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
@@ -209,11 +209,8 @@ def encode(message):
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
     if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
-        brackets = STRING.sub(b"", line).translate(BRACKETS, NO_BRACKETS)
-        levels = 0
-        while b"[]" in brackets and levels < NESTING_LIMIT:
-            brackets, levels = brackets.replace(b"[]", b""), levels + 1
-        if brackets:
+        steps = memoryview(STRING.sub(b"", line).translate(BRACKETS, NO_BRACKETS)).cast("b")    # 1 down, -1 up
+        if max(itertools.accumulate(steps), default=0) > NESTING_LIMIT:
             raise BadMessage("nested too deeply")
     try:
         text = line.decode("utf-8").strip(" \t\r\n")

@@ -72,6 +72,7 @@ SMALL = 1 << 16            # bytes up to which reading and hashing takes less ti
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
 LISTED = 100               # files listed, and folders opened, between two such chances
+LONG_HEADER = 1 << 12      # bytes from which on others go first before a header is parsed: that may take milliseconds
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WRITE_TIME = 0.05          # seconds without a further byte after which what came is written to the partial file
@@ -757,7 +758,7 @@ HEADER_LIMIT = 65536       # bytes of a header, its line end included
 SIZE_LIMIT = 1 << 63
 DIGITS_LIMIT = 1000
 NESTING_LIMIT = 100
-BRACKETS, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
+BRACKETS, NO_BRACKETS = bytes.maketrans(b"{[}]", b"\1\1\xff\xff"), bytes(set(range(256)) - set(b"[]{}"))
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')      # one without an end too: else the search starts again at each quote
 HEX = re.compile("[0-9a-fA-F]{64}")
 
@@ -792,11 +793,8 @@ def encode(message):
 def decode(line):
     """The message in a line. Raises BadMessage for all but one JSON object in UTF-8."""
     if line.count(b"[") + line.count(b"{") > NESTING_LIMIT:     # the parser recurses, and a thread's stack is small
-        brackets = STRING.sub(b"", line).translate(BRACKETS, NO_BRACKETS)
-        levels = 0
-        while b"[]" in brackets and levels < NESTING_LIMIT:
-            brackets, levels = brackets.replace(b"[]", b""), levels + 1
-        if brackets:
+        steps = memoryview(STRING.sub(b"", line).translate(BRACKETS, NO_BRACKETS)).cast("b")    # 1 down, -1 up
+        if max(itertools.accumulate(steps), default=0) > NESTING_LIMIT:
             raise BadMessage("nested too deeply")
     try:
         text = line.decode("utf-8").strip(" \t\r\n")
@@ -1176,7 +1174,10 @@ class Session:
     async def read_header(self):
         """Read one message. What is none ends the conversation: who knows where the next begins?"""
         try:
-            return decode(await self.wire.read_line())
+            line = await self.wire.read_line()
+            if len(line) > LONG_HEADER:
+                await announce(COMPUTES)
+            return decode(line)
         except BadMessage as error:
             error.closes = True
             await announce(BLOCKS)      # what this ends closes and removes files

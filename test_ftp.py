@@ -2772,17 +2772,20 @@ def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
         # ... and the server stops within two seconds all the same
 
 
+@cases("header", {"tiny": b"{}\n", "deep": b'{"a":[%s]}\n' % b",".join([b"[" * 96 + b"]" * 96] * 335)})
 @in_all_modes_at_once
-def test_clients_that_send_requests_without_end_make_nobody_else_wait(mode, folder):
-    requests, done = b"{}\n" * 20000, threading.Event()
+def test_clients_that_send_requests_without_end_make_nobody_else_wait(mode, folder, header):
+    requests, done = header * (MIB // len(header)), threading.Event()
 
     def flood():
-        with server.peer() as peer, contextlib.suppress(ConnectionError):
+        sent = 0
+        with server.peer() as peer:
             peer.sock.settimeout(0.01)
             while not done.is_set():
-                for move in (lambda: peer.sock.send(requests), lambda: peer.sock.recv(MIB)):
-                    with contextlib.suppress(socket.timeout):
-                        move()
+                with contextlib.suppress(socket.timeout):
+                    sent += peer.sock.send(requests[sent % len(header):])
+                with contextlib.suppress(socket.timeout):
+                    assert peer.sock.recv(MIB)
 
     def look():
         try:
