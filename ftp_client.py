@@ -57,6 +57,8 @@ PARTIAL = ".partial"       # folder on the server, and the end of the hidden fil
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL), re.DOTALL)      # all of that file's name, see Target
 WILD = re.compile(r"[*?\[]")     # what makes a name a pattern
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")     # what turns around how a terminal shows what follows
+FRESH = 0.05               # seconds after a write in which the next one may get the same stamps
+SETTLED = 2                # the same on a disk whose stamps are coarse
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 LISTING_LIMIT = 1 << 28    # bytes of a listing that we take into memory
@@ -479,6 +481,13 @@ def size_of(path):
         return 0                                        # opening it will say what is wrong
 
 
+def fresh(info):
+    """Tell whether a file, by its fstat(2), was written to so lately that its stamps may not show the next write."""
+    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
+    now = time.time()
+    return min(abs(now - info.st_mtime), abs(now - info.st_ctime)) < (SETTLED if coarse else FRESH)
+
+
 def changed(file, before):
     """Tell whether somebody wrote to an open file since fstat(2) told before.
 
@@ -752,52 +761,66 @@ class Put(Job):
         self.alone = self.size > SMALL
 
     def ask(self):
-        with open_source(self.path) as file:
-            before = os.fstat(file.fileno())
-            self.resize(before.st_size)
+        with self.opened() as file:
             if self.alone:
-                self.send_asking(file, before)
+                self.send_asking(file)
             elif self.size <= SMALL:
-                self.send_at_once(file, before)
+                self.send_at_once(file)
             else:
                 raise Failed("the file grew meanwhile: try again")
+
+    def opened(self):
+        """Open the file and note what it is before it is read."""
+        file = open_source(self.path)
+        self.before = os.fstat(file.fileno())
+        self.fresh = fresh(self.before)
+        self.resize(self.before.st_size)
+        return file
+
+    def check(self, file, digest, length):
+        """Raise Failed if somebody wrote to the file since it was opened.
+
+        A fresh one is read once more for that: digest is of its first length bytes, as they were sent."""
+        if self.fresh and self.hash_once(file, length).digest() != digest.digest() or changed(file, self.before):
+            raise Failed("the file changed while it was read: try again")
 
     def ask_first(self):
         self.alone = self.size > TINY
 
-    def header(self, mtime, **more):
+    def header(self, **more):
         if not self.client.verify:
             more["verify"] = False
-        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=mtime, **more)
+        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=self.before.st_mtime, **more)
 
-    def send_at_once(self, file, before):
+    def send_at_once(self, file):
         data = file.read(self.size + 1)
-        if len(data) != self.size or changed(file, before):
+        if len(data) != self.size:
             raise Failed("the file changed while it was read: try again")
-        self.header(before.st_mtime)
+        digest = hashlib.sha256(data)
+        self.check(file, digest, self.size)
+        self.header()
         self.begin("->", 0)
         self.client.link.send(data)
-        self.last_line(hashlib.sha256(data))
+        self.last_line(digest)
         self.progress(len(data))
 
     def last_line(self, digest):
         self.sha256 = digest.hexdigest() if self.client.verify else None
         self.client.link.request(sha256=self.sha256)
 
-    def send_asking(self, file, before):
-        what = [socket.gethostname(), os.path.abspath(self.path), str(before.st_size), str(before.st_mtime_ns)]
+    def send_asking(self, file):
+        what = [socket.gethostname(), os.path.abspath(self.path), str(self.size), str(self.before.st_mtime_ns)]
         ident = hashlib.sha256("\0".join(what).encode("utf-8", "surrogateescape")).hexdigest()
         offset, digest = self.agree_on_offset(file, ident)
-        self.header(before.st_mtime, offset=offset, id=ident)
+        self.header(offset=offset, id=ident)
         self.begin("->", offset)
         try:
             try:
-                self.stream(file, offset, self.size, digest if self.client.verify else None)
+                self.stream(file, offset, self.size, digest if self.client.verify or self.fresh else None)
             except Broken:
                 self.listen()       # it may say why it takes no more
                 raise
-            if changed(file, before):
-                raise Failed("the file changed while it was sent: try again")
+            self.check(file, digest, self.size)
         except BaseException:       # unfinished: what is sent next must not be taken for the rest of it
             self.client.close()
             raise
@@ -863,20 +886,21 @@ class Put(Job):
 
     def classic(self):
         """The same in the original's dialect: no offset, no hash, no answer at the end."""
-        with open_source(self.path) as file:
-            before = os.fstat(file.fileno())
-            self.resize(before.st_size)
+        with self.opened() as file:
             link = self.client.link
             self.client.classic_request("put", self.name, str(self.size))
             if self.client.classic_answer(rb"OK", b"OK") is None:
                 raise Failed("the server did not say OK")
             self.begin("->", 0)
             last = max(0, self.size - 1)    # the last byte is held back until it is sure that all fit together
+            digest = hashlib.sha256() if self.fresh else None
             try:
-                self.stream(file, 0, last, None)
-                if changed(file, before):
-                    raise Failed("the file changed while it was sent: try again")
-                self.stream(file, last, self.size, None)
+                self.stream(file, 0, last, digest)
+                file.seek(last)
+                end = file.read(self.size - last)
+                self.check(file, digest, last)
+                link.send(end)
+                self.progress(len(end))
                 link.flush()
             except Broken as error:         # the original would append what is sent again
                 raise Failed("%s; the server may have stored a part" % error)

@@ -98,6 +98,7 @@ PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
 SWEEP_EVERY = 3600         # seconds between two looks for such
 DIGESTS = 4096             # files whose SHA-256 is remembered
 SETTLED = 2                # seconds a file must have been left alone for that: clocks of file systems are coarse
+FRESH = 0.05               # seconds after a write in which the next one may get the same stamps, where they are not that coarse
 NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -326,6 +327,13 @@ def lock(fd):
         os.lseek(fd, 0, os.SEEK_SET)
 
 
+def fresh(info):
+    """Tell whether a file, by its fstat(2), was written to so lately that its stamps may not show the next write."""
+    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
+    now = time.time()
+    return min(abs(now - info.st_mtime), abs(now - info.st_ctime)) < (SETTLED if coarse else FRESH)
+
+
 class Download:
     """A regular file open for reading, and what it was when it was opened. Use it in a `with` block."""
 
@@ -337,6 +345,7 @@ class Download:
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
         self.result = "ok"          # of the transfer, for the log
+        self.fresh = fresh(self.stat)
         now = time.time()
         self.settled = min(abs(now - self.mtime), abs(now - self.stat.st_ctime)) > SETTLED  # its stamps can be trusted
 
@@ -366,6 +375,13 @@ class Download:
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             return True
         return now.st_nlink >= self.stat.st_nlink and now.st_ctime_ns != self.stat.st_ctime_ns
+
+    def check(self, sha256, length):
+        """Generator: raise Refusal if somebody wrote to the file since it was opened.
+
+        A fresh one is read once more for that: sha256 is of its first length bytes, as they were sent."""
+        if self.fresh and (yield from hash_file(self.file, length)).hexdigest() != sha256 or self.changed():
+            raise Refusal("changed", "the file changed while it was sent")
 
 
 def hash_file(file, length):
@@ -1219,12 +1235,10 @@ class Session:
             self.answering = True
             whole = await self.send_content(download, offset, download.size, verify)
             self.answering = False
-            await announce(BLOCKS)
-            if download.changed():
-                raise Refusal("changed", "the file changed while it was sent")
+            await self.in_slices(download.check(whole, download.size))
             if whole:
                 self.storage.remember_digest(download, whole)
-            await self.reply(sha256=whole)
+            await self.reply(sha256=whole if verify else None)
 
     async def common_prefix(self, download, offset, sha256):
         """offset, if the client's bytes up to there are ours too (their hash goes on in download.digest), else 0."""
@@ -1240,9 +1254,11 @@ class Session:
         return 0
 
     async def send_content(self, download, offset, stop, verify):
-        """Send a file from offset to stop; the SHA-256 of the whole if wanted."""
+        """Send a file from offset to stop; the SHA-256 of all up to there, if that is wanted or the file is fresh."""
         known = self.storage.known_digest(download) if verify else None
-        digest = (download.digest or hashlib.sha256()) if verify and not known else None
+        digest = None
+        if not known and (verify or download.fresh):
+            digest = download.digest or hashlib.sha256()
         if stop - offset <= JOIN:
             await self.send_read(download, offset, stop, digest)
         else:
@@ -1457,12 +1473,11 @@ class Session:
             await self.wire.send(b"YES|%d" % download.size)
             await self.expect(b"second_active")
             last = max(0, download.size - 1)        # the last byte is held back until it is sure that all fit together
-            await self.send_content(download, 0, last, verify=False)
+            sent = await self.send_content(download, 0, last, verify=False)
             await announce(BLOCKS)
             download.file.seek(last)
             end = download.file.read(download.size - last)
-            if download.changed():
-                raise Refusal("changed", "the file changed while it was sent")
+            await self.in_slices(download.check(sent, last))
             await self.wire.send(end)
             download.moved += len(end)
 

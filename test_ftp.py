@@ -924,7 +924,7 @@ def started(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shared(mode, tmp_path_factory):
     """One server for all tests of a mode that need no options; their files have unique() names."""
-    with serve(mode, tmp_path_factory.mktemp(mode)) as server:
+    with serve(mode, tmp_path_factory.mktemp(mode), patch=STAMPS["by its stamps"] % "server") as server:
         yield server
 
 
@@ -1758,19 +1758,37 @@ def test_file_that_shrinks_meanwhile_is_cut_off(server, peer):
     assert len(peer.rest()) < answer["size"]
 
 
-@pytest.mark.parametrize("hidden", [False, True], ids=["openly", "with its old time and one more name"])
-def test_file_that_changes_meanwhile_is_never_called_whole(server, peer, hidden):
-    name, size = unique(), 32 * MIB
-    path = server.serves(name, b"1" * size)
-    before = os.stat(path)
-    assert peer.ask({"cmd": "get", "name": name})["size"] == size
-    with open(path, "r+b") as file:
-        file.write(b"2" * size)
-    if hidden:
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        os.link(path, path + "-linked")
-    peer.read(size)
-    assert peer.line()["code"] == "changed"
+STAMPS = {  # what there is to tell that a file changed
+    "by its stamps": "import ftp_%s as script; script.FRESH = 0",
+    "by its content": "import ftp_%s as script; script.FRESH, now = 60, script.os.fstat\n" + """
+def stamped(fd, first={}):  # a clock that stands still
+    return first.setdefault(now(fd).st_ino, now(fd))
+script.os.fstat = stamped
+"""}
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+@cases("patch, hidden", {"openly": (STAMPS["by its stamps"], False), "within a tick": (STAMPS["by its content"], False),
+                         "with its old time and one more name": (STAMPS["by its stamps"], True)})
+@in_all_modes_at_once
+def test_file_that_changes_meanwhile_is_never_called_whole(mode, folder, patch, hidden, verify):
+    size = 32 * MIB
+    with serve(mode, folder, patch=patch % "server") as server, server.peer() as peer:
+        path = server.serves("x", b"1" * size)
+        before = os.stat(path)
+        answer = peer.ask({"cmd": "get", "name": "x", "verify": verify})
+        assert answer["size"] == size
+        with open(path, "r+b") as file:
+            file.write(b"2" * size)
+        if hidden:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            os.link(path, path + "-linked")
+        assert b"2" in peer.read(size)
+        assert peer.line()["code"] == "changed"
+        server.serves("y", b"as it was")
+        peer.send({"cmd": "get", "name": "y", "verify": verify})
+        assert peer.line()["ok"] and peer.read(9) == b"as it was"
+        assert peer.line() == {"ok": True, "sha256": sha(b"as it was") if verify else None}
 
 
 def test_file_that_is_replaced_meanwhile_is_whole_all_the_same(server, peer):
@@ -2653,7 +2671,8 @@ def test_disk_that_hangs_for_some_makes_nobody_else_wait(pair, folder):
         answer = peer.line()
         assert answer["ok"] and (operation == "write" or peer.read(len(data)) == data and peer.line()["ok"])
 
-    with serve(mode, folder, faults=faults) as server, contextlib.ExitStack() as stack:
+    patch = STAMPS["by its stamps"] % "server"  # for sendfile()
+    with serve(mode, folder, faults=faults, patch=patch) as server, contextlib.ExitStack() as stack:
         server.serves("x", data)
         slow = [stack.enter_context(server.peer()) for _ in range(many)]
         faults.arm("hold", [operation], last=many)
@@ -3189,16 +3208,19 @@ def test_both_dialects_may_be_spoken_on_one_connection(server, peer):
         assert peer.get(name)[1] == classic_get(peer, name) == b"content"
 
 
-def test_classic_get_of_a_file_that_changes_meanwhile_is_cut_off(server, peer):
-    name, size = unique(), 32 * MIB
-    path = server.serves(name, b"1" * size)
-    peer.send("get|%s|0" % name)
-    assert peer.read(12) == b"YES|%d" % size
-    peer.send("second_active")
-    assert peer.read(1) == b"1"
-    with open(path, "r+b") as file:
-        file.write(b"2" * size)
-    assert len(peer.rest()) < size - 1
+@cases("patch", STAMPS)
+@in_all_modes_at_once
+def test_classic_get_of_a_file_that_changes_meanwhile_is_cut_off(mode, folder, patch):
+    size = 32 * MIB
+    with serve(mode, folder, patch=patch % "server") as server, server.peer() as peer:
+        path = server.serves("x", b"1" * size)
+        peer.send("get|x|0")
+        assert peer.read(12) == b"YES|%d" % size
+        peer.send("second_active")
+        assert peer.read(1) == b"1"
+        with open(path, "r+b") as file:
+            file.write(b"2" * size)
+        assert len(peer.rest()) == size - 2
 
 
 def test_classic_put_overwrites_nothing(server, peer):
@@ -4826,7 +4848,8 @@ def test_sendfile_that_fails_is_made_up_for_or_told(lone, work, tmp_path, error,
     faults, files = Faults(tmp_path), {"a": content(MIB), "b": content(300000)}
     fill(work, files)
     faults.arm("raise", ["sendfile"], error=error)
-    done = client(lone, "put", "a", "b", "--no-verify", "--retries", "0", cwd=work, faults=faults)
+    done = client(lone, "put", "a", "b", "--no-verify", "--retries", "0", cwd=work, faults=faults,
+                  patch=STAMPS["by its stamps"] % "client")
     assert done.code == code and faults.struck()
     assert lone.uploads() == {name: files[name] for name in "ab"[code:]}
     assert not code or "a: Input/output error" in done.err
@@ -4867,12 +4890,14 @@ def test_later_get_goes_on_if_the_content_is_the_same(lone, work, changed):
     assert changed or proxy.moved["down"] < 510000
 
 
-@pytest.mark.parametrize("change", ["rewritten", "shorter"])
-def test_classic_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(work, tmp_path, change):
+@cases("change, patch", {"rewritten": ("rewritten", "by its stamps"), "shorter": ("shorter", "by its stamps"),
+                         "rewritten within a tick": ("rewritten", "by its content")})
+def test_classic_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(work, tmp_path, change, patch):
     data = content(16 * MIB)
     fill(work, {"x": data})
     with serve("selectors", tmp_path) as server, Proxy(server.port, hold=("up", MIB)) as proxy, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client, proxy.port, "put", "x", "--classic", "--retries", "3", cwd=work)
+        running = pool.submit(client, proxy.port, "put", "x", "--classic", "--retries", "3", cwd=work,
+                              patch=STAMPS[patch] % "client")
         assert proxy.held.wait(PATIENCE)
         with open(str(work / "x"), "r+b") as file:
             file.truncate(2 * MIB) if change == "shorter" else file.write(content(len(data), 2))
@@ -4890,12 +4915,14 @@ def test_classic_put_that_breaks_is_not_sent_again(lone, work):
     assert done.code == 1 and proxy.connections == 1 and "may have stored a part" in done.err
 
 
-@pytest.mark.parametrize("change", ["rewritten", "rewritten, with its old time", "shorter"])
-def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, work, change):
+@pytest.mark.parametrize("options", [[], ["--no-verify"]], ids=["verified", "not verified"])
+@pytest.mark.parametrize("change", ["rewritten", "rewritten, with its old time", "rewritten within a tick", "shorter"])
+def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, work, change, options):
     data = content(16 * MIB)
     fill(work, {"x": data})
     with Proxy(lone.port, hold=("up", MIB)) as proxy, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client, proxy.port, "put", "x", "--retries", "0", cwd=work)
+        patch = STAMPS["by its content" if "tick" in change else "by its stamps"] % "client"
+        running = pool.submit(client, proxy.port, "put", "x", "--retries", "0", *options, cwd=work, patch=patch)
         assert proxy.held.wait(PATIENCE)
         stamp = os.stat(str(work / "x")).st_mtime_ns
         with open(str(work / "x"), "r+b") as file:
@@ -4906,6 +4933,22 @@ def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, wor
         done = running.result()
     assert done.code == 1 and re.search("chang|shr[aiu]nk|shorter", done.out + done.err)
     assert lone.uploads() == {}
+
+
+@cases("patch", STAMPS)
+def test_small_file_that_changes_while_it_is_read_is_an_error_that_says_so(lone, work, patch):
+    fill(work, {"x": b"1" * 1000, "y": b"1"})
+    done = client(lone, "put", "x", "y", cwd=work, patch=patch % "client" + """
+import os
+def check(put, *arguments, check=script.Put.check):
+    if put.name == "x":
+        with open("x", "r+b") as file:
+            file.write(b"2" * 1000)
+    check(put, *arguments)
+script.Put.check = check
+""")
+    assert done.code == 1 and "x: the file changed while it was read: try again\n" in done.err
+    assert lone.uploads() == {"y": b"1"}
 
 
 @posix
