@@ -530,6 +530,15 @@ def write_all(file, view):
         done += file.write(view[done:])
 
 
+def replaceable(path):
+    """Tell whether a path is free, or that of a file or a link."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return True                                     # storing it will say what is wrong
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+
+
 def same_content(one, other):
     """Tell whether two local files hold the same bytes."""
     try:
@@ -941,8 +950,8 @@ class Get(Job):
         super().__init__(client, name, size)
         if UNFINISHED.fullmatch(os.path.basename(path)):
             raise Failed("a get that was never finished left it there")
-        if replace and os.path.isdir(path) and not os.path.islink(path):
-            raise Failed("a folder here has that name")
+        if replace and not replaceable(path):
+            raise Failed("what has that name here is not a file")
         self.target, self.replace = Target(path), replace
         self.here = None            # (length, digest) of what is here already and was told to the server
         self.coming = None          # bytes still to come before the last line of the answer; None: no answer
@@ -1920,8 +1929,10 @@ def parse_args(argv=None):
     add("-q", "--quiet", action="store_true", help="say only what went wrong")
     add("--version", action="version", version="ftp_client.py " + VERSION)
     options, words = parser.parse_known_args(argv)
-    if options.find and len(words) == 1:
-        words.insert(0, options.find)               # --find ADDRESS PORT
+    if options.find:
+        options.find = options.find.strip("[]")     # an IPv6 address as the server prints it
+        if len(words) == 1:
+            words.insert(0, options.find)           # --find ADDRESS PORT
     for word in words[:2]:
         if word.startswith("-") and len(word) > 1:
             parser.error("unrecognized option %s" % word)
@@ -1930,7 +1941,7 @@ def parse_args(argv=None):
         parser.error("HOST and PORT are two words: %s %s" % both.groups())
     if words and re.fullmatch("[0-9]+", words[0]):
         parser.error("HOST comes before PORT: 127.0.0.1 %s" % words[0])
-    options.host = words[0].strip("[]") if words else "127.0.0.1"       # an IPv6 address as the server prints it
+    options.host = words[0].strip("[]") if words else "127.0.0.1"
     options.command = words[2:]
     try:
         options.port = port(words[1]) if len(words) > 1 else PORT

@@ -103,7 +103,8 @@ NAME_LIMIT = 255           # bytes of one part of a name
 PATH_LIMIT = 4096          # bytes of a whole name
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HAS_POLL = hasattr(select, "poll")      # Windows has select() only: 512 sockets, and a shutdown() of ours ends no wait
-SELECTED = math.inf if HAS_POLL else 500    # clients that the event loop can wait for
+SELECTED = math.inf if HAS_POLL else 500    # clients that can be waited for
+SPARE = 32                 # descriptors, and a quarter of all if that is more, that clients leave for files
 WAKE = math.inf if HAS_POLL else 0.5    # seconds until a session that waits looks whether it was cut
 QUEUE = getattr(queue, "SimpleQueue", queue.Queue)     # Python 3.6 has the slow one only
 
@@ -443,8 +444,11 @@ class Upload:
         with contextlib.suppress(FileNotFoundError):            # publish() makes what is missing
             root, self.target = self.target, None
             self.target = descend(root, self.parts[:-1])
-            if self.target.fd is not None and not os.access(".", os.W_OK | os.X_OK, dir_fd=self.target.fd):
-                raise Refusal("denied", "no right to write there")
+            if self.target.fd is not None:
+                if not os.access(".", os.W_OK | os.X_OK, dir_fd=self.target.fd):
+                    raise Refusal("denied", "no right to write there")
+                if os.fstat(self.target.fd).st_dev != os.fstat(self.folder.fd).st_dev:
+                    raise Refusal("denied", "another disk is mounted there")
             if self.storage.overwrite:
                 self.check_replaceable()
         fd, self.length = self.open_partial()
@@ -1507,6 +1511,7 @@ class Service:
         self.sessions, self.served = set(), 0       # served: how many of them are not one too many (Session.full)
         self.senders = set()                        # sessions that send much just now
         self.left = threading.Condition()           # guards sessions; notified when the last one ends
+        self.room = room_for_clients()
         self.reserve = os.open(os.devnull, os.O_RDONLY)
 
     def welcome(self, sock, address):
@@ -1551,7 +1556,10 @@ class Service:
         Out of descriptors, accept() fails at once and forever: the one kept in reserve lets us tell the client."""
         try:
             sock, address = listener.accept()
-            return sock, address or ("?", 0)            # macOS: gone again already
+            if len(self.sessions) < self.room:
+                return sock, address or ("?", 0)        # macOS: gone again already
+            LOG.error("no room for one more client")
+            return turn_away(sock)
         except (BlockingIOError, InterruptedError, ConnectionError):
             return None
         except OSError as error:
@@ -1566,6 +1574,12 @@ class Service:
         with contextlib.suppress(OSError):
             self.reserve = os.open(os.devnull, os.O_RDONLY)
         return None
+
+
+def room_for_clients():
+    """How many may be connected so that descriptors are left for the files of those who are."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    return SELECTED if limit < 0 else min(SELECTED, limit - max(SPARE, limit // 4))         # below 0: there is none
 
 
 def turn_away(sock):
@@ -1902,7 +1916,7 @@ class SelectFtpServer:
     def discover(self, sock, mask):
         """Callback of the discovery socket."""
         with contextlib.suppress(OSError):      # nothing there after all
-            data, address = sock.recvfrom(CHUNK)
+            data, address = sock.recvfrom(socketserver.UDPServer.max_packet_size)
             self.discovery.answer(data, sock, address)
 
     def add_socket(self, family, kind, address, callback):
@@ -1944,9 +1958,6 @@ class SelectFtpServer:
             if not taken:
                 break
             conn, address = taken
-            if len(self.dic) >= SELECTED:
-                turn_away(conn)
-                continue
             self.dic[conn] = task = Task(self.service.welcome(conn, address), conn)
             self.wait(task, task.advance())
 

@@ -1225,6 +1225,21 @@ def test_hash_of_a_file_that_was_written_just_now_is_not_kept_though_it_is_dated
             assert storage.known_digest(download) == sha(b"new")
 
 
+@linux
+def test_put_onto_another_disk_is_refused_before_its_payload(tmp_path, monkeypatch):
+    def fstat(fd, fstat=os.fstat):
+        info = list(fstat(fd))
+        info[stat.ST_DEV] += os.readlink("/proc/self/fd/%d" % fd).endswith("/disk")
+        return os.stat_result(info)
+
+    storage = ftp_server.Storage(str(tmp_path), str(tmp_path))
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os, "fstat", fstat)
+    with ftp_server.Upload(storage, ["x"], 1, None), pytest.raises(ftp_server.Refusal, match="another disk"):
+        ftp_server.Upload(storage, ["disk", "x"], 1, None)
+    assert tree(tmp_path, hidden=True) == {".partial": None, "disk": None}
+
+
 @cases("last, codes", {
     "no hash": (b'{"sha256":null}\n', None), "nothing": (b"{}\n", None),
     "another hash": ({"sha256": sha(b"another")}, ["mismatch"]),
@@ -2501,8 +2516,9 @@ def test_more_than_max_clients_are_told_busy(mode, folder):
         wait_for(server.alive, 5)
 
 
-def test_event_loop_turns_away_what_its_selector_can_not_take(tmp_path):
-    with serve("selectors", tmp_path, patch="import ftp_server; ftp_server.SELECTED = 1") as server:
+@in_all_modes_at_once
+def test_server_turns_away_those_for_whom_there_is_no_room(mode, folder):
+    with serve(mode, folder, patch="import ftp_server; ftp_server.SELECTED = 1") as server:
         with server.peer() as one, server.peer() as two:
             assert one.hello()["ok"] and two.line()["code"] == "busy" and one.hello()["ok"]
         wait_for(server.alive, 5)
@@ -2853,11 +2869,27 @@ def test_memory_does_not_grow_with_the_file(mode, folder):
         assert server.peak_memory() - before < 4 * MIB
 
 
+FEW_DESCRIPTORS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d));"
+
+
+@linux
+@in_all_modes_at_once
+def test_crowd_leaves_descriptors_for_the_files_of_those_who_were_here_before(mode, folder):
+    with serve(mode, folder, patch=FEW_DESCRIPTORS % (64, 64)) as server, server.peer() as first:
+        assert first.hello()["ok"] and server.serves("x", b"x")
+        with contextlib.ExitStack() as stack:
+            crowd = [stack.enter_context(server.peer()) for _ in range(80)]
+            assert crowd[-1].line()["code"] == "busy"
+            assert list(first.ls()) == ["x"] and first.get("x")[1] == b"x"
+            assert first.put("d/y", b"y")["ok"] and first.put("z", content(MIB), verify=False)["ok"]
+        wait_for(server.alive)
+
+
 @linux
 @early
 @in_all_modes_at_once
 def test_out_of_descriptors_the_server_neither_spins_nor_dies(mode, folder):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
+    limit = FEW_DESCRIPTORS % (40, 40) + "import ftp_server; ftp_server.room_for_clients = lambda: 1000"
     with serve(mode, folder, patch=limit) as server, server.peer() as first:
         assert first.hello()["ok"]
         at_first = server.open_descriptors()
@@ -3794,6 +3826,8 @@ def test_server_on_ipv6(mode, tmp_path, work):
         assert client(server, "put", "x", cwd=work).code == 0
         assert server.uploads() == {"x": b"over IPv6"}
         assert run(launch(CLIENT) + ["[::1]", str(server.port), "ls"], work).code == 0
+        found = run(launch(CLIENT) + ["--find", "[::1]", str(server.port)], work)
+        assert found.code == 0 and "ftp_client.py ::1 %d\n" % server.port in found.out
 
 
 ANY_ADDRESS = """
@@ -4122,7 +4156,7 @@ def test_folder_comes_down_whole_with_r(lone, work):
     "whole folder": (["-r", ".", "-o", "new"], "-o must name a folder"),
     "folders without -r": (["d*"], "d: a folder: use get -r"),
     "folder in the way": (["-r", "d", "-o", "there"], "Not a directory"),
-    "folder in a file's way": (["-f", "x"], "x: a folder here has that name\n"),
+    "folder in a file's way": (["-f", "x"], "x: what has that name here is not a file\n"),
     "name that no file can have": (["d/d2/y", "-o", "n" * 256], ": File name too long\n"),
 })
 def test_get_that_can_not_be_done_as_asked_is_told_and_does_not_mix_files_up(lone, work, arguments, problem):
@@ -4347,13 +4381,17 @@ def test_get_keeps_both_and_replaces_only_with_f(lone, work):
     lone.serves("y", b"a file there")
     (work / "y").mkdir()
     done = client(lone, "get", "-f", "y", cwd=work)
-    assert (done.code, done.err) == (1, "y: a folder here has that name\n") and os.listdir(str(work / "y")) == []
+    assert (done.code, done.err) == (1, "y: what has that name here is not a file\n") and os.listdir(str(work / "y")) == []
     if os.name == "posix":
         (work / "x-2.txt").unlink()
         (work / "x-2.txt").symlink_to("y")
         lone.serves("x-2.txt", b"no link")
         assert client(lone, "get", "-f", "x-2.txt", cwd=work).code == 0
         assert tree(work, hidden=True) == {"x.txt": b"theirs", "x-2.txt": b"no link", "y": None}
+        os.mkfifo(str(work / "pipe"))
+        done = client(lone, "get", "x.txt", "-f", "-o", "pipe", cwd=work)
+        assert (done.code, done.err) == (1, "x.txt: what has that name here is not a file\n")
+        assert stat.S_ISFIFO(os.lstat(str(work / "pipe")).st_mode)
 
 
 def test_put_tells_the_name_that_was_stored(lone, work):
