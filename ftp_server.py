@@ -1127,6 +1127,8 @@ class Session:
             if self.full:
                 text = "%d clients are served already: try again later" % self.service.max_clients
                 raise Refusal("busy", text, closes=True)
+            if self.framed and first != b"{":           # nonsense, whatever follows
+                raise Refusal("bad-request", "a message must begin with {", closes=True)
             await (self.do_framed() if self.framed else self.do_classic())
             self.payload = None
             return True

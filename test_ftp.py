@@ -1489,6 +1489,12 @@ def test_refused_long_payload_is_answered_and_the_connection_closed(peer, sent):
     assert sent == 0 or peer.file.read(1) == b""  # the end of the stream, and no reset
 
 
+def test_what_begins_neither_a_message_nor_a_classic_request_is_refused_at_its_first_byte(peer):
+    peer.hello()
+    peer.send("x")  # and no line end
+    assert peer.line()["code"] == "bad-request" and peer.closed()
+
+
 def test_connection_that_the_server_closes_is_read_past_for_a_while(peer):
     assert peer.ask(b"{nonsense}\n")["code"] == "bad-request"
     assert peer.file.read(1) == b""
