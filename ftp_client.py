@@ -481,11 +481,16 @@ def size_of(path):
         return 0                                        # opening it will say what is wrong
 
 
-def fresh(info):
-    """Tell whether a file, by its fstat(2), was written to so lately that its stamps may not show the next write."""
-    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
+def age(info):
+    """Seconds since a file was last written to, by its fstat(2); its stamps may be ahead of the clock."""
     now = time.time()
-    return min(abs(now - info.st_mtime), abs(now - info.st_ctime)) < (SETTLED if coarse else FRESH)
+    return min(abs(now - info.st_mtime), abs(now - info.st_ctime))
+
+
+def fresh(info):
+    """Tell whether a file was written to so lately that its stamps may not show the next write."""
+    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
+    return age(info) < (SETTLED if coarse else FRESH)
 
 
 def changed(file, before):
@@ -740,7 +745,7 @@ class Job:
         info = os.fstat(file.fileno())
         wanted = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, length
         if self.hashed[0] != wanted:
-            self.hashed = wanted, hash_file(file, length)
+            self.hashed = None if fresh(info) else wanted, hash_file(file, length)      # by stamps that can be trusted
         return self.hashed[1].copy()
 
     def progress(self, count):
@@ -789,7 +794,7 @@ class Put(Job):
     def check(self, file, digest, length):
         """Raise Failed if somebody wrote to the file since it was opened.
 
-        A fresh one is read once more for that: digest is of its first length bytes, as they were sent."""
+        A fresh one is read once more for that: digest is of its first length bytes, as they were read."""
         if self.fresh and self.hash_once(file, length).digest() != digest.digest() or changed(file, self.before):
             raise Failed("the file changed while it was read: try again")
 
@@ -908,8 +913,10 @@ class Put(Job):
                 file.seek(last)
                 end = file.read(self.size - last)
                 self.check(file, digest, last)
-                link.send(end)
-                self.progress(len(end))
+                if end:
+                    self.listen()
+                    link.send(end)
+                    self.progress(len(end))
                 link.flush()
             except Broken as error:         # the original would append what is sent again
                 raise Failed("%s; the server may have stored a part" % error)

@@ -72,7 +72,7 @@ SMALL = 1 << 16            # bytes up to which reading and hashing takes less ti
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
 LISTED = 100               # files listed, and folders opened, between two such chances
-LONG_HEADER = 1 << 12      # bytes from which on others go first before a header is parsed: that may take milliseconds
+LONG_HEADER = 1 << 8       # bytes of a header up to which parsing it takes less than a tenth of a millisecond
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
 WRITE_TIME = 0.05          # seconds without a further byte after which what came is written to the partial file
@@ -86,8 +86,9 @@ DISCOVERY_RATE = 50        # answers to such in a second, at most
 BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
 LISTS = "lists"            # the same for the rest of a long listing, which has its own line: it need not wait for hashes
+PARSES = "parses"          # the same for a long header
 FEW = max(2, os.cpu_count() or 1)
-AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW}      # sessions that may do such work at the same time
+AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW, PARSES: FEW}      # sessions that may do such work at the same time
 STUCK = 0.5                # seconds after which a session still at work isn't counted among them: perhaps its disk hangs
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
@@ -328,11 +329,16 @@ def lock(fd):
         os.lseek(fd, 0, os.SEEK_SET)
 
 
-def fresh(info):
-    """Tell whether a file, by its fstat(2), was written to so lately that its stamps may not show the next write."""
-    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
+def age(info):
+    """Seconds since a file was last written to, by its fstat(2); its stamps may be ahead of the clock."""
     now = time.time()
-    return min(abs(now - info.st_mtime), abs(now - info.st_ctime)) < (SETTLED if coarse else FRESH)
+    return min(abs(now - info.st_mtime), abs(now - info.st_ctime))
+
+
+def fresh(info):
+    """Tell whether a file was written to so lately that its stamps may not show the next write."""
+    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
+    return age(info) < (SETTLED if coarse else FRESH)
 
 
 class Download:
@@ -345,10 +351,9 @@ class Download:
         self.file = io.FileIO(fd, "rb")
         self.size, self.mtime = self.stat.st_size, self.stat.st_mtime
         self.moved, self.digest = 0, None
+        self.known = None           # the SHA-256 of the whole, if it is remembered
         self.result = "ok"          # of the transfer, for the log
-        self.fresh = fresh(self.stat)
-        now = time.time()
-        self.settled = min(abs(now - self.mtime), abs(now - self.stat.st_ctime)) > SETTLED  # its stamps can be trusted
+        self.fresh, self.settled = fresh(self.stat), age(self.stat) > SETTLED
 
     def __enter__(self):
         return self
@@ -380,7 +385,7 @@ class Download:
     def check(self, sha256, length):
         """Generator: raise Refusal if somebody wrote to the file since it was opened.
 
-        A fresh one is read once more for that: sha256 is of its first length bytes, as they were sent."""
+        A fresh one is read once more for that: sha256 is of its first length bytes, as they were read."""
         if self.fresh and (yield from hash_file(self.file, length)).hexdigest() != sha256 or self.changed():
             raise Refusal("changed", "the file changed while it was sent")
 
@@ -658,13 +663,12 @@ class Storage:
         except NotADirectoryError:
             raise Refusal("not-found", "no such file") from None
         try:
-            return Download(fd)
+            download = Download(fd)
         except BaseException:
             os.close(fd)
             raise
-
-    def known_digest(self, download):
-        return self.digests.get(download.identity())
+        download.known = None if download.fresh else self.digests.get(download.identity())
+        return download
 
     def remember_digest(self, download, sha256):
         """Keep the digest of a file that hasn't changed lately, so that the next client's get is cheaper."""
@@ -1198,7 +1202,7 @@ class Session:
         try:
             line = await self.wire.read_line()
             if len(line) > LONG_HEADER:
-                await announce(COMPUTES)
+                await announce(PARSES)
             return decode(line)
         except BadMessage as error:
             error.closes = True
@@ -1250,7 +1254,7 @@ class Session:
         """offset, if the client's bytes up to there are ours too (their hash goes on in download.digest), else 0."""
         if not offset or offset > download.size or not sha256:
             return 0
-        known = self.storage.known_digest(download) if offset == download.size else None
+        known = download.known if offset == download.size else None
         if not known:
             download.digest = await self.in_slices(hash_file(download.file, offset))
             known = download.digest.hexdigest()
@@ -1261,9 +1265,8 @@ class Session:
 
     async def send_content(self, download, offset, stop, verify):
         """Send a file from offset to stop; the SHA-256 of all up to there, if that is wanted or the file is fresh."""
-        known = self.storage.known_digest(download) if verify else None
         digest = None
-        if not known and (verify or download.fresh):
+        if download.fresh or verify and not download.known:
             digest = download.digest or hashlib.sha256()
         if stop - offset <= JOIN:
             await self.send_read(download, offset, stop, digest)
@@ -1273,7 +1276,7 @@ class Session:
                     await self.send_read(download, offset, stop, digest)
                 else:
                     await self.send_unread(download, offset, stop)
-        return digest.hexdigest() if digest else known
+        return digest.hexdigest() if digest else download.known
 
     @contextlib.contextmanager
     def among_senders(self):
@@ -1581,7 +1584,9 @@ class Service:
 def room_for_clients():
     """How many may be connected so that descriptors are left for the files of those who are."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
-    return SELECTED if limit < 0 else min(SELECTED, limit - max(SPARE, limit // 4))         # below 0: there is none
+    if limit < 0:                   # there is none
+        return SELECTED
+    return min(SELECTED, limit - max(min(SPARE, limit // 2), limit // 4))
 
 
 def turn_away(sock):

@@ -25,6 +25,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -46,11 +47,11 @@ import time
 import types
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 try:
     import pytest
 except ImportError:  # the benchmark, at the end, runs without it
-    from unittest import mock
     pytest = mock.MagicMock()
 
 try:
@@ -962,7 +963,7 @@ def test_both_scripts_hold_the_same_message_format():
 
 
 @pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered numbered_start is_numbered lock wait_for is_loopback tune "
-                         "unsent printable seconds port nanoseconds".split())
+                         "unsent printable seconds port nanoseconds age fresh".split())
 def test_both_scripts_hold_the_same_helpers(name):
     assert inspect.getsource(getattr(ftp_server, name)) == inspect.getsource(getattr(ftp_client, name))
 
@@ -978,7 +979,8 @@ def test_what_windows_can_not_hold_is_an_underscore_there(module, name, stored):
 
 
 @pytest.mark.parametrize("name", "UNSAFE WINDOWS_UNSAFE WINDOWS_DEVICE PARTIAL NAME_LIMIT PATH_LIMIT HEADER_LIMIT SIZE_LIMIT "
-                         "NESTING_LIMIT DIGITS_LIMIT BRACKETS NO_BRACKETS STRING HEX UNSUPPORTED HEADER_TIME QUIET_TIME PORT VERSION".split())
+                         "NESTING_LIMIT DIGITS_LIMIT BRACKETS NO_BRACKETS STRING HEX UNSUPPORTED HEADER_TIME QUIET_TIME PORT VERSION "
+                         "SETTLED FRESH".split())
 def test_both_scripts_hold_the_same_constants(name):
     assert getattr(ftp_server, name) == getattr(ftp_client, name)
 
@@ -1199,7 +1201,7 @@ def test_without_verifying_no_hash_is_sent(server, peer):
 @in_all_modes_at_once
 def test_hash_that_is_remembered_is_that_of_the_file_as_it_is(mode, folder):
     old, new = content(3 * MIB, 1), content(3 * MIB, 2)
-    with serve(mode, folder, patch="import ftp_server; ftp_server.SETTLED = -1") as server, server.peer() as peer:
+    with serve(mode, folder, patch="import ftp_server; ftp_server.SETTLED = ftp_server.FRESH = -1") as server, server.peer() as peer:
         path = server.serves("x", old)
         for data in (old, old, new, new):
             stamp = os.stat(path).st_mtime_ns
@@ -1219,10 +1221,31 @@ def test_hash_of_a_file_that_was_written_just_now_is_not_kept_though_it_is_dated
         with storage.open_download("x") as download:
             assert not download.settled
             storage.remember_digest(download, sha(b"new"))
-            assert storage.known_digest(download) is None
+            assert not storage.digests
             download.settled = True
             storage.remember_digest(download, sha(b"new"))
-            assert storage.known_digest(download) == sha(b"new")
+            assert storage.digests.popitem()[1] == sha(b"new")
+
+
+def test_hash_is_not_remembered_of_a_file_whose_stamps_tell_nothing(tmp_path, monkeypatch):
+    storage = ftp_server.Storage(fill(tmp_path, {"d/x": b"new"}) and str(tmp_path), str(tmp_path))
+    for limit, known in ((0, "hash"), (60, None)):
+        monkeypatch.setattr(ftp_server, "FRESH", limit)
+        with storage.open_download("d/x") as download:
+            storage.digests[download.identity()] = "hash"
+        with storage.open_download("d/x") as download:
+            assert download.known == known
+
+
+@cases("seconds, more, is_fresh", {
+    "just now": (0, 5, True), "fine clock": (1, 5, False), "clock of whole seconds": (1, 0, True),
+    "whole seconds, long ago": (3, 0, False), "ahead": (-60, 5, False)})
+@pytest.mark.parametrize("module", [ftp_server, ftp_client], ids=["server", "client"])
+def test_file_is_fresh_as_long_as_the_next_write_may_get_the_same_stamps(module, monkeypatch, seconds, more, is_fresh):
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0 + seconds + more / 1e9)
+    stamp = 1000 * 10 ** 9 + more
+    info = types.SimpleNamespace(st_mtime=stamp / 1e9, st_mtime_ns=stamp, st_ctime=stamp / 1e9, st_ctime_ns=stamp)
+    assert module.fresh(info) is is_fresh
 
 
 @linux
@@ -1319,6 +1342,8 @@ def test_listing_needs_no_turn_among_those_that_compute(mode, folder):
         wait_for(lambda: faults.struck(many))
         with server.peer() as peer:
             assert len(peer.ls("long")) == 3 * ftp_server.LISTED
+        with server.peer() as peer:
+            assert peer.ask({"cmd": "ls", "path": "long", "long": "header" * 1000})["ok"]
         faults.disarm()
 
 
@@ -2525,9 +2550,18 @@ def test_more_than_max_clients_are_told_busy(mode, folder):
 @in_all_modes_at_once
 def test_server_turns_away_those_for_whom_there_is_no_room(mode, folder):
     with serve(mode, folder, patch="import ftp_server; ftp_server.SELECTED = 1") as server:
-        with server.peer() as one, server.peer() as two:
-            assert one.hello()["ok"] and two.line()["code"] == "busy" and one.hello()["ok"]
+        with server.peer() as one:
+            assert one.hello()["ok"]
+            with server.peer() as two:
+                assert two.line()["code"] == "busy" and one.hello()["ok"]
         wait_for(server.alive, 5)
+
+
+@posix
+@cases("limit, room", {"none": (-1, math.inf), "few": (20, 10), "some": (64, 32), "many": (4096, 3072)})
+def test_clients_leave_room_for_files(monkeypatch, limit, room):
+    monkeypatch.setattr(ftp_server.resource, "getrlimit", lambda what: (limit, limit))
+    assert ftp_server.room_for_clients() == room
 
 
 # ==== Concurrency: nobody waits for another =========================================================================
@@ -2813,7 +2847,9 @@ def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
         # ... and the server stops within two seconds all the same
 
 
-@cases("header", {"tiny": b"{}\n", "deep": b'{"a":[%s]}\n' % b",".join([b"[" * 96 + b"]" * 96] * 335)})
+@cases("header", {
+    "tiny": b"{}\n", "middling": b'{"a":[%s]}\n' % b",".join([b'{"":0}'] * 580),
+    "deep": b'{"a":[%s]}\n' % b",".join([b"[" * 96 + b"]" * 96] * 335)})
 @in_all_modes_at_once
 def test_clients_that_send_requests_without_end_make_nobody_else_wait(mode, folder, header):
     requests, done = header * (MIB // len(header)), threading.Event()
@@ -2889,6 +2925,17 @@ def test_crowd_leaves_descriptors_for_the_files_of_those_who_were_here_before(mo
             assert list(first.ls()) == ["x"] and first.get("x")[1] == b"x"
             assert first.put("d/y", b"y")["ok"] and first.put("z", content(MIB), verify=False)["ok"]
         wait_for(server.alive)
+
+
+def test_stop_cuts_for_no_longer_than_it_may_take():
+    service = ftp_server.Service("selectors", None, 60, 10)
+    os.close(service.reserve)
+    idle, *busy = [mock.Mock(doing=doing, resumed=None) for doing in ("request", "get x", "get y")]
+    service.sessions = {idle, *busy}
+    for seconds, times in ((-1, 0), (60, 1)):
+        service.cut_all(time.monotonic() + seconds)
+        assert service.sessions == set(busy) and [session.cut.call_count for session in busy] == [times, times]
+    assert idle.wire.cut == busy[0].wire.cut == busy[1].wire.cut == "the server stops" and not idle.cut.called
 
 
 @linux
@@ -3211,6 +3258,21 @@ def test_classic_put_stores_every_byte(server, peer, size):
         assert peer.read(2) == b"OK"
         peer.send(data)
         wait_for(lambda: server.stored(name) == data)
+
+
+@in_all_modes_at_once
+def test_classic_dialect_moves_files_that_were_written_a_moment_ago(mode, folder):
+    (folder / "work").mkdir()
+    with serve(mode, folder, patch="import ftp_server; ftp_server.FRESH = 60") as server:
+        files = {"x%d" % size: content(size) for size in (0, 1, 2, 300001)}
+        fill(folder / "work", files)
+        for name, data in files.items():
+            server.serves(name, data)
+            with server.peer() as peer:
+                assert classic_get(peer, name) == data
+        patch = "import ftp_client; ftp_client.FRESH = 60"
+        assert client(server, "put", *files, "--classic", cwd=folder / "work", patch=patch).code == 0
+        wait_for(lambda: server.uploads() == files)
 
 
 @in_all_modes_at_once
@@ -4952,6 +5014,14 @@ def test_classic_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(w
         assert server.uploads() == {}
 
 
+def test_classic_put_is_not_called_sent_if_the_server_has_hung_up_before_its_last_byte(work, tmp_path):
+    fill(work, {"x": content(1000)})
+    patch = "import ftp_client, time; ftp_client.changed = lambda file, before: time.sleep(1.5)"
+    with serve("selectors", tmp_path, "--timeout", "0.5") as server:
+        done = client(server, "put", "x", "--classic", cwd=work, patch=patch)
+        assert done.code == 1 and "the server closed the connection" in done.err and server.uploads() == {}
+
+
 def test_classic_put_that_breaks_is_not_sent_again(lone, work):
     fill(work, {"x": content(16 * MIB)})
     with Proxy(lone.port, [("up", 100000)]) as proxy:
@@ -4977,6 +5047,20 @@ def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, wor
         done = running.result()
     assert done.code == 1 and re.search("chang|shr[aiu]nk|shorter", done.out + done.err)
     assert lone.uploads() == {}
+
+
+@pytest.mark.parametrize("limit", [0, 60], ids=["settled", "fresh"])
+def test_hash_of_what_is_sent_is_kept_for_the_next_try_by_stamps_that_can_be_trusted(tmp_path, monkeypatch, limit):
+    path = fill(tmp_path, {"x": b"1" * 1000})
+    stamps = os.stat(path)
+    monkeypatch.setattr(ftp_client, "FRESH", limit)
+    monkeypatch.setattr(os, "fstat", lambda fd: stamps)
+    job = ftp_client.Job(None, "x", 1000)
+    with open(path, "r+b", buffering=0) as file:
+        first = job.hash_once(file, 1000).digest()
+        file.seek(0)
+        file.write(b"2" * 1000)
+        assert (job.hash_once(file, 1000).digest() == first) is (limit == 0)
 
 
 @cases("patch", STAMPS)
