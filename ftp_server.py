@@ -62,12 +62,11 @@ VERSION = "1.0"
 PORT = 8885                # the original's
 BACKLOG = 1024             # connections the kernel keeps for us: a class that starts at once loses nobody
 LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on its way stays in the processor's cache
-CROWD, CROWD_BUFFER = 12, 72 << 10      # where so many send at once, the next have buffers of so many bytes: same reason
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 PIPE = 1 << 20             # bytes that the pipe of an unhashed upload holds: the most that any user may ask for, see pipe(7)
 SLICE = 160 << 10          # bytes sent to one client before the others have their turn, if these are many
-TURN = 1 << 22             # bytes sent to all clients in about a turn, if they are few
+TURN = 1 << 27             # bytes sent to all clients in about a turn, if they are few
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
@@ -87,8 +86,9 @@ BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as 
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
 LISTS = "lists"            # the same for the rest of a long listing, which has its own line: it need not wait for hashes
 PARSES = "parses"          # the same for a long header
+SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time; the loop just BLOCKS
 FEW = max(2, os.cpu_count() or 1)
-AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW, PARSES: FEW}      # sessions that may do such work at the same time
+AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW}      # sessions that may do such work at the same time
 STUCK = 0.5                # seconds after which a session still at work isn't counted among them: perhaps its disk hangs
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
@@ -946,7 +946,7 @@ class Wire:
     async def attempt(self, event, operation, *args, kind=None):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
 
-        kind: BLOCKS if it may wait for a disk all the same, as sendfile(2) may; else None.
+        kind: SENDS if it may wait for a disk all the same, as sendfile(2) may; else None.
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
         left, start = None, time.monotonic()
@@ -1042,7 +1042,7 @@ class Wire:
         """Send at most count bytes of a raw file from offset on; how many, 0 behind its end, None: sendfile() can't."""
         if self.owed:
             await self.flush()
-        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=BLOCKS)
+        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=SENDS)
 
     def sendfile(self, fd, offset, count):
         """sendfile(2); None where the file's system can't do that."""
@@ -1280,17 +1280,12 @@ class Session:
 
     @contextlib.contextmanager
     def among_senders(self):
-        """Count among the sessions that send much, with a buffer that fits their number, while the block runs."""
-        senders = self.service.senders
-        senders.add(self)
+        """Count among the sessions that send much while the block runs."""
+        self.service.senders.add(self)
         try:
-            with contextlib.suppress(OSError):          # reset already: the first use will tell
-                if is_loopback(self.wire.sock.getpeername()[0]):
-                    buffer = LOOPBACK_BUFFER if len(senders) < CROWD else CROWD_BUFFER
-                    self.wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
             yield
         finally:
-            senders.discard(self)
+            self.service.senders.discard(self)
 
     async def send_unread(self, download, offset, stop):
         """Send a file from offset to stop without reading it, where the system can."""
@@ -1537,8 +1532,7 @@ class Service:
                 self.left.notify_all()
 
     def slice(self):
-        """Bytes that one of the senders may send at a time: small slices of many keep the receivers' data in the
-        processor's cache, and nobody waiting."""
+        """Bytes that one of the senders may send at a time: small slices of many keep nobody waiting."""
         return max(SLICE, TURN // len(self.senders))
 
     def cut_all(self, give_up):
@@ -1985,8 +1979,8 @@ class SelectFtpServer:
         try:
             if wait == "done":
                 self.close(task)
-            elif wait == BLOCKS:
-                task.away = wait
+            elif wait in (BLOCKS, SENDS):
+                task.away = BLOCKS
                 self.batch.append(task)
             elif wait in AT_ONCE:
                 self.hand_over(task, wait)
