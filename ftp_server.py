@@ -86,7 +86,7 @@ BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as 
 COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
 LISTS = "lists"            # the same for the rest of a long listing, which has its own line: it need not wait for hashes
 PARSES = "parses"          # the same for a long header
-SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time; the loop just BLOCKS
+SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time. For the loop it BLOCKS
 FEW = max(2, os.cpu_count() or 1)
 AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW}      # sessions that may do such work at the same time
 STUCK = 0.5                # seconds after which a session still at work isn't counted among them: perhaps its disk hangs
@@ -738,13 +738,12 @@ class Storage:
 
     def claim(self, ident, cut):
         """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Refusal."""
-        start = time.monotonic()
-        mine = next(self.tickets), cut
+        give_up, mine = time.monotonic() + TAKEOVER_TIME, (next(self.tickets), cut)
         while True:
             holder = self.claims.setdefault(ident, mine)        # one step: needs no lock
             if holder is mine:
                 return
-            if holder > mine or time.monotonic() > start + TAKEOVER_TIME:     # tickets differ: cut is never compared
+            if holder > mine or time.monotonic() > give_up:     # tickets differ: cut is never compared
                 raise Refusal("busy", "another session is storing this file: try again in a moment")
             holder[1]()
             time.sleep(0.001)
