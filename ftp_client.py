@@ -91,6 +91,10 @@ class Broken(Exception):
     """The connection broke, or the other side is silent: it may be taken up again."""
 
 
+class Busy(Broken):
+    """The server can't just now."""
+
+
 class HungUp(Broken):
     """The other side closed the connection."""
 
@@ -249,6 +253,7 @@ FIELDS = {                 # name: (what it must be, the check, what it is when 
     "verify": ("true or false", lambda value: isinstance(value, bool), True),
     "recursive": ("true or false", lambda value: isinstance(value, bool), False),
     "duplicate": ("true or false", lambda value: isinstance(value, bool), False),
+    "left_out": ("a string", lambda value: isinstance(value, str), ""),
 }
 
 
@@ -385,7 +390,7 @@ class Link:
         if message.get("ok") is not False or not isinstance(code, str) or not isinstance(text, str):
             raise BadMessage("neither an answer nor an error")
         if code in ("timeout", "busy"):     # may be better in a moment
-            raise Broken("%s (%s)" % (text, code))
+            raise (Busy if code == "busy" else Broken)("%s (%s)" % (text, code))
         raise Refusal(code, "%s (%s)" % (text, code))
 
     def read(self, limit):
@@ -888,7 +893,10 @@ class Put(Job):
     def listen(self):
         """An answer before the end is a refusal: read it rather than send what nobody wants."""
         if self.client.link.answered():
-            self.client.link.answer()
+            try:
+                self.client.link.answer()
+            except Busy as error:       # it had let us begin: to come back would only throw out who came instead
+                raise Failed(str(error)) from None
             raise BadMessage("an answer before the end of the file")
 
     def finish(self):
@@ -1347,7 +1355,9 @@ class FtpClient:
         return [entry for entry in map(self.entry_of, lines) if entry and (recursive or "/" not in entry["name"])]
 
     def read_listing(self):
-        left, = fields(self.link.answer(), "size")
+        left, left_out = fields(self.link.answer(), "size", "left_out")
+        if left_out:
+            self.left_out.append("left out of the listing: " + left_out)
         self.show("<-", b"%d bytes" % left)
         if left > LISTING_LIMIT:
             raise BadMessage("a listing of %d bytes" % left)

@@ -9,7 +9,7 @@ The protocol, over TCP. The first byte of a request tells the dialect: "{" is fr
 
     framed   a JSON object on a line, then as many raw bytes as it tells; the server answers likewise
         hello                                       -> mode, version, limits
-        ls      path recursive                      -> size, then a JSON object a line
+        ls      path recursive                      -> size left_out, then a JSON object a line
         get     name offset sha256                  -> size offset mtime, then the bytes, then sha256
         resume  name size id                        -> offset sha256: what is here of a broken put
         put     name size offset id mtime           -> name size sha256 duplicate
@@ -71,6 +71,7 @@ SMALL = 1 << 16            # bytes up to which reading and hashing takes less ti
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
 LISTED = 100               # files listed, and folders opened, between two such chances
+BIG_FOLDER = 1 << 14       # bytes that a folder itself takes, about, when its names alone take as long to read
 LONG_HEADER = 1 << 8       # bytes of a header up to which parsing it takes less than a tenth of a millisecond
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
@@ -78,6 +79,7 @@ WRITE_TIME = 0.05          # seconds without a further byte after which what cam
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic request
 LINGER_TIME = 5            # seconds that a peer has to read the last answer before the socket goes
 TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
+TELL_TIME = 0.05           # seconds of them in which it may tell its client, before it is cut
 STOP_TIME = 1              # seconds that sessions have to end when the server stops
 TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
@@ -270,12 +272,15 @@ class Folder:
     def unlink(self, part):
         os.unlink(self.at(part), dir_fd=self.fd)
 
-    def names(self, start=""):
-        """What the folder holds that begins with start, but for names that no client could ask for."""
-        for name in sorted(os.listdir(self.path if self.fd is None else self.fd)):
-            with contextlib.suppress(ValueError, Refusal):
-                if name.startswith(to_disk(start)):
-                    yield split_name(from_disk(name))[0]
+    def names(self, start="", refused=None):
+        """What the folder holds that begins with start, but for names that no client could ask for: refused gets those."""
+        found = os.listdir(self.path if self.fd is None else self.fd)
+        for name in sorted(name for name in found if name.startswith(to_disk(start))):
+            try:
+                yield split_name(from_disk(name))[0]
+            except (ValueError, Refusal):
+                if refused is not None and name != PARTIAL:
+                    refused.append(name)
 
     def inner(self, part, make=False, sync=False):
         """Open a folder in this one; never through a link. make: create it if there is none."""
@@ -590,6 +595,7 @@ class Upload:
                 if not stored or name != self.parts[-1]:
                     self.result = "ok, %s as %s" % ("stored" if stored else "already there", name)
                 return "/".join(self.parts[:-1] + [name]), not stored
+            yield COMPUTES                  # the folder may be full, also of numbered names
 
     def candidates(self):
         """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
@@ -677,20 +683,14 @@ class Storage:
             while len(self.digests) > DIGESTS:
                 self.digests.popitem(last=False)
 
-    @staticmethod
-    def may_miss(error):
-        """Tell whether the rest of a listing is right without what an OSError is about: removed meanwhile, or not for us.
-
-        Else, as without descriptors or with a read error, nobody knows what would be missing."""
-        return refusal_of(error).code in ("not-found", "not-a-file", "denied")
-
     def list(self, path, recursive):
-        """Generator: what the download folder holds under path; the value is the lines of the listing."""
-        lines, todo, steps = [], [split_name(path) if path else []], 0
+        """Generator: what the download folder holds under path; the value is (the lines of the listing, {name: why} of
+        what is there too, but can't be served)."""
+        lines, left_out, todo, steps = [], {}, [split_name(path) if path else []], 0
         depth = len(todo[0])
         while todo:
             parts = todo.pop()
-            inside = []
+            inside, refused = [], []
             steps += len(parts) + 1
             if steps >= LISTED:
                 steps = 0
@@ -698,11 +698,14 @@ class Storage:
             try:
                 folder = descend(Folder(self.download), parts)
             except OSError as error:
-                if len(parts) == depth or not self.may_miss(error):
+                if len(parts) == depth:
                     raise
+                self.leave_out(left_out, error, parts)
                 continue
             with folder:
-                for name in folder.names():
+                if folder.fd is not None and os.fstat(folder.fd).st_size > BIG_FOLDER:
+                    yield LISTS
+                for name in folder.names(refused=refused):
                     steps += 1
                     if steps >= LISTED:
                         steps = 0
@@ -710,8 +713,9 @@ class Storage:
                     try:
                         info = folder.stat(name)
                     except OSError as error:
-                        if len(parts) == depth or not self.may_miss(error):
+                        if len(parts) == depth:
                             raise
+                        self.leave_out(left_out, error, parts + [name])
                         continue
                     if not info:                        # removed meanwhile
                         continue
@@ -722,30 +726,46 @@ class Storage:
                                              "size": 0 if is_folder else info.st_size}))
                     if is_folder and recursive:
                         inside.append(parts + [name])
+            left_out.update(("/".join(parts + [name]), "no name that can be asked for") for name in refused)
             todo += reversed(inside)
-        return b"".join(lines)
+        return b"".join(lines), left_out
 
-    def open_upload(self, name, size, ident, cut):
-        """Generator: open the Upload of a put. cut() ends the caller's session, should a newer one want the id."""
+    @staticmethod
+    def leave_out(left_out, error, parts):
+        """Go on with a listing without what an OSError is about; raise it where, as without descriptors or with a read
+        error, nobody knows what would be missing."""
+        code = refusal_of(error).code
+        if code == "denied":
+            left_out["/".join(parts)] = error.strerror
+        elif code not in ("not-found", "not-a-file"):           # these were removed meanwhile
+            raise error
+
+    def open_upload(self, name, size, ident, give_way):
+        """Generator: open the Upload of a put. give_way() ends the caller's session, should a newer one want the id."""
         parts = split_name(name)
         if self.max_size is not None and size > self.max_size:
             raise Refusal("too-large", "%d bytes, and at most %d are taken here" % (size, self.max_size))
         if time.monotonic() > self.next_sweep:
             self.sweep()
         if ident:
-            yield from self.claim(ident, cut)
+            yield from self.claim(ident, give_way)
         return Upload(self, parts, size, ident)
 
-    def claim(self, ident, cut):
-        """Generator: make ident the caller's; whoever had it before is cut and waited for. Raises Refusal."""
-        give_up, mine = time.monotonic() + TAKEOVER_TIME, (next(self.tickets), cut)
+    def claim(self, ident, give_way):
+        """Generator: make ident the caller's; whoever had it before is asked to give way and waited for. Raises Refusal."""
+        asked = mine = (next(self.tickets), give_way)
+        give_up = time.monotonic() + TAKEOVER_TIME
         while True:
-            holder = self.claims.setdefault(ident, mine)        # one step: needs no lock
+            holder, now = self.claims.setdefault(ident, mine), time.monotonic()         # one step: needs no lock
             if holder is mine:
                 return
-            if holder > mine or time.monotonic() > give_up:     # tickets differ: cut is never compared
+            if holder > mine or now > give_up:                  # tickets differ: what follows is never compared
                 raise Refusal("busy", "another session is storing this file: try again in a moment")
-            holder[1]()
+            if holder is not asked:
+                asked, patience = holder, now + TELL_TIME
+                holder[1](at_once=False)
+            elif now > patience:
+                holder[1](at_once=True)
             time.sleep(0.001)
             yield BLOCKS            # in between: who has it may need a worker to let go
 
@@ -854,6 +874,7 @@ FIELDS = {                 # name: (what it must be, the check, what it is when 
     "verify": ("true or false", lambda value: isinstance(value, bool), True),
     "recursive": ("true or false", lambda value: isinstance(value, bool), False),
     "duplicate": ("true or false", lambda value: isinstance(value, bool), False),
+    "left_out": ("a string", lambda value: isinstance(value, str), ""),
 }
 
 
@@ -940,7 +961,7 @@ class Wire:
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.ahead = bytearray()
         self.owed = bytearray()
-        self.cut = None             # why it was ended from outside, see Session.cut()
+        self.cut = None             # what ended it from outside, see ended()
 
     async def attempt(self, event, operation, *args, kind=None):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
@@ -976,7 +997,15 @@ class Wire:
                                else "a header was not complete in time") from None
             except OSError as error:
                 await announce(BLOCKS)
-                raise Gone(self.cut or error.strerror) from None
+                raise self.ended(error.strerror) from None
+
+    def ended(self, why):
+        """The error to raise where the session ends: what ended it from outside, else Gone."""
+        cut = self.cut
+        if isinstance(cut, Refusal):
+            self.cut = None         # the client is told of it: for that the wire is needed
+            return cut
+        return Gone(cut or why)
 
     async def receive(self, operation, *args):
         """Do a reading operation, after all that is owed was sent. Raises Gone at the end of the stream."""
@@ -985,7 +1014,7 @@ class Wire:
         got = await self.attempt(READ, operation, *args)
         if not got:
             await announce(BLOCKS)
-            raise Gone(self.cut or "the client closed the connection")
+            raise self.ended("the client closed the connection")
         return got
 
     async def fill(self):
@@ -1071,6 +1100,12 @@ class Wire:
 
 # ==== Session: one client from hello to goodbye ===========================================================
 
+def told(left_out):
+    """{name: why} as a text for people, of a length that a header has room for."""
+    some = ", ".join("%s (%s)" % item for item in itertools.islice(left_out.items(), 20))
+    return some[:4000] + (" and %d more" % (len(left_out) - 20) if len(left_out) > 20 else "")
+
+
 def address_text(address):
     """HOST:PORT, an IPv6 host in brackets."""
     return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
@@ -1098,11 +1133,18 @@ class Session:
         self.told = False           # whether the log tells already what went wrong
         self.resumed = None         # the Upload that a resume left open for the put to come
 
-    def cut(self, why="a newer session took over"):
+    def cut(self, why):
         """End the session from outside, from any thread: its next wait is over, as if the client had left."""
         self.wire.cut = why
         with contextlib.suppress(OSError):
             self.wire.sock.shutdown(socket.SHUT_RDWR)
+
+    def give_way(self, at_once):
+        """End the session for a newer one that stores the same file. A client that still sends something is told."""
+        if at_once:
+            self.cut("a newer session took over")
+        else:
+            self.wire.cut = Refusal("busy", "a newer session took over", closes=True)
 
     async def run(self):
         """Serve the client until one of the two has enough."""
@@ -1153,7 +1195,7 @@ class Session:
         while True:
             await announce(kind)
             try:
-                kind = work.throw(Gone(self.wire.cut)) if self.wire.cut else next(work)
+                kind = work.throw(self.wire.ended("")) if self.wire.cut else next(work)
             except StopIteration as end:
                 return end.value
 
@@ -1227,11 +1269,15 @@ class Session:
     async def do_ls(self, ask):
         path, recursive = fields(ask, "path", "recursive")
         try:
-            listing = await self.in_slices(self.storage.list(path, recursive))
+            listing, left_out = await self.in_slices(self.storage.list(path, recursive))
         except NotADirectoryError:
             raise Refusal("not-a-file", "not a folder") from None
         LOG.debug("%s ls %s %d bytes", self.peer, path or "/", len(listing))
-        await self.reply(size=len(listing))
+        more = {}
+        if recursive and left_out:      # whoever wants all must know
+            more["left_out"] = told(left_out)
+            LOG.warning("%s ls %s leaves out: %s", self.peer, path or "/", more["left_out"])
+        await self.reply(size=len(listing), **more)
         self.answering = True
         await self.wire.send(listing)
 
@@ -1312,7 +1358,7 @@ class Session:
         if not ident:
             raise BadMessage("'id' must be 64 hex digits")
         await self.let_go()
-        self.resumed = upload = await self.in_slices(self.storage.open_upload(name, size, ident.lower(), self.cut))
+        self.resumed = upload = await self.in_slices(self.storage.open_upload(name, size, ident.lower(), self.give_way))
         try:
             if upload.length > size:
                 upload.cut_back(0)
@@ -1363,7 +1409,7 @@ class Session:
             self.resumed = None
             return upload
         await self.let_go()
-        return await self.in_slices(self.storage.open_upload(name, size, ident, self.cut))
+        return await self.in_slices(self.storage.open_upload(name, size, ident, self.give_way))
 
     async def go_on_at(self, upload, offset, verify):
         """Make the upload ready for the byte at offset."""
@@ -1459,7 +1505,7 @@ class Session:
                 return request
 
     async def classic_put(self, name, size):
-        with await self.in_slices(self.storage.open_upload(name, size, None, self.cut)) as upload, self.logged(upload):
+        with await self.in_slices(self.storage.open_upload(name, size, None, self.give_way)) as upload, self.logged(upload):
             self.payload, upload.digest = size, None
             await self.wire.send(b"OK")
             await self.receive(upload)

@@ -1304,6 +1304,33 @@ def test_long_listing_lets_others_go_first_and_a_short_one_waits_for_nobody(tmp_
     assert list(storage.list("", True)) == [ftp_server.LISTS] * 5
 
 
+def test_full_folder_lets_others_go_first_before_its_names_are_read(tmp_path, monkeypatch):
+    storage = ftp_server.Storage(str(tmp_path), str(tmp_path))
+    fill(tmp_path, {"x": b"1", "x-2": b"12", "x-4": b"1234"})
+    put = storage.open_upload("x", 3, None, None)
+    with pytest.raises(StopIteration) as end:
+        next(put)
+    with end.value.value as upload:
+        upload.write(b"123")
+        assert list(upload.publish()) == [ftp_server.COMPUTES] * 3 and read_bytes(tmp_path / "x-3") == b"123"
+    monkeypatch.setattr(ftp_server, "BIG_FOLDER", os.stat(str(tmp_path)).st_size - 1)
+    with mock.patch.object(ftp_server.os, "listdir") as listdir:
+        assert next(storage.list("", False)) == (ftp_server.LISTS if ftp_server.HAS_DIR_FD else None) and not listdir.called
+
+
+@pytest.mark.parametrize("count", [2, 25])
+def test_what_get_r_must_leave_out_is_told_on_both_sides(server, work, count):
+    top = unique()
+    fill(server.download, dict({"%s/sub/\r%d" % (top, number): b"" for number in range(count)}, **{top + "/sub/x": b"x"}))
+    start = len(server.log())
+    done = client(server, "get", "-r", top, cwd=work)
+    told = re.sub(r"\S+ \(no name that can be asked for\)(, )?", "", done.err)
+    assert done.code == 1 and told == "left out of the listing: " + (" and 5 more" if count > 20 else "") + "\n"
+    assert "%s/sub/\\r1 (no" % top in done.err and "%s leaves out: %s/sub/\\r0 (no" % (top, top) in server.log()[start:]
+    assert tree(work / top) == {"sub": None, "sub/x": b"x"}
+    assert client(server, "ls", top + "/sub", cwd=work).code == 0
+
+
 @posix
 @cases("error, whole", {"gone": (errno.ENOENT, True), "not for us": (errno.EACCES, True), "a link now": (errno.ENOTDIR, True),
                         "no descriptors": (errno.EMFILE, False), "read error": (errno.EIO, False)})
@@ -1322,8 +1349,11 @@ def test_listing_lacks_nothing_but_what_is_gone_or_not_for_us(tmp_path, monkeypa
     if whole:
         with pytest.raises(StopIteration) as end:
             next(listing)
-        names = [json.loads(line)["name"] for line in end.value.value.decode("ascii").splitlines()]
+        lines, left_out = end.value.value
+        names = [json.loads(line)["name"] for line in lines.decode("ascii").splitlines()]
         assert names == ["a", "sub", "z"] + (["sub/b", "sub/deep"] if operation == "inner" else [])
+        missing = [] if error == errno.ENOENT else ["sub/deep"] if operation == "inner" else ["sub/b", "sub/deep"]
+        assert left_out == dict.fromkeys(missing, os.strerror(error))
     else:
         with pytest.raises(OSError):
             next(listing)
@@ -1961,8 +1991,8 @@ def test_file_published_at_the_instant_of_a_kill_is_never_written_to_again(mode,
 @pytest.mark.parametrize("first", ["newer", "older"])
 def test_of_two_that_wait_for_an_upload_the_newer_one_gets_it(tmp_path, first):
     storage, cut = ftp_server.Storage(str(tmp_path), str(tmp_path)), []
-    list(storage.claim("id", lambda: cut.append("holder")))
-    waiting = {who: storage.claim("id", lambda who=who: cut.append(who)) for who in ("older", "newer")}
+    list(storage.claim("id", lambda at_once: cut.append("holder")))
+    waiting = {who: storage.claim("id", lambda at_once, who=who: cut.append(who)) for who in ("older", "newer")}
     for who in ("older", "newer"):
         assert next(waiting[who]) == ftp_server.BLOCKS
     assert cut == ["holder", "holder"]
@@ -2440,6 +2470,19 @@ def test_client_that_comes_back_takes_over_its_upload(server, peer, resume):
     assert server.stored(name) == data
 
 
+def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(server, work):
+    name, data, before = unique(), content(8 * MIB), set(server.partials())
+    fill(work, {name: data})
+    with Proxy(server.port, hold=("up", 2 * MIB), pause=0.02) as line, ThreadPoolExecutor(1) as pool:  # slow, but never silent
+        older = pool.submit(client, line.port, "put", name, cwd=work)
+        assert line.held.wait(PATIENCE)
+        identity, = set(server.partials()) - before
+        with server.peer() as newer:
+            assert newer.put(name, data, id=identity)["ok"]
+        assert older.result() == (1, "", name + ": a newer session took over (busy)\n") and line.connections == 1
+    assert server.stored(name) == data
+
+
 @linux
 @posix
 @in_all_modes_at_once
@@ -2513,7 +2556,7 @@ def test_client_that_comes_back_takes_over_though_its_partial_is_being_hashed(mo
         older.send({"cmd": "resume", "name": "x", "size": 1 << 36, "id": identity})
         wait_for(lambda: is_locked(path))
         assert newer.put("x", b"hello", id=identity)["ok"]
-        assert older.closed()
+        assert older.line()["code"] == "busy" and older.closed()
         assert server.uploads() == {"x": b"hello"}
 
 
