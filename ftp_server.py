@@ -1066,14 +1066,8 @@ class Wire:
         while sent < len(view):
             sent += await self.attempt(WRITE, self.sock.send, view[sent:sent + SLICE])
 
-    async def send_from(self, file, offset, count):
-        """Send at most count bytes of a raw file from offset on; how many, 0 behind its end, None: sendfile() can't."""
-        if self.owed:
-            await self.flush()
-        return await self.attempt(WRITE, self.sendfile, file.fileno(), offset, count, kind=SENDS)
-
     def sendfile(self, fd, offset, count):
-        """sendfile(2); None where the file's system can't do that."""
+        """sendfile(2): how many bytes went, 0 behind the file's end, None where the file's system can't do that."""
         try:
             return os.sendfile(self.sock.fileno(), fd, offset, count)
         except OSError as error:
@@ -1313,32 +1307,25 @@ class Session:
         digest = None
         if download.fresh or verify and not download.known:
             digest = download.digest or hashlib.sha256()
-        if stop - offset <= JOIN:
-            await self.send_read(download, offset, stop, digest)
-        else:
-            with self.among_senders():
-                if digest or not hasattr(os, "sendfile"):
-                    await self.send_read(download, offset, stop, digest)
-                else:
-                    await self.send_unread(download, offset, stop)
-        return digest.hexdigest() if digest else download.known
-
-    @contextlib.contextmanager
-    def among_senders(self):
-        """Count among the sessions that send much while the block runs."""
         self.service.senders.add(self)
         try:
-            yield
+            if not digest and stop - offset > JOIN and hasattr(os, "sendfile"):
+                offset = await self.send_unread(download, offset, stop)
+            await self.send_read(download, offset, stop, digest)
         finally:
             self.service.senders.discard(self)
+        return digest.hexdigest() if digest else download.known
 
     async def send_unread(self, download, offset, stop):
-        """Send a file from offset to stop without reading it, where the system can."""
+        """Send a file from offset to stop without reading it, as far as the system can; the offset where that ended."""
+        await self.wire.flush()
         while offset < stop:
-            sent = await self.wire.send_from(download.file, offset, min(stop - offset, self.service.slice()))
+            count = min(stop - offset, self.service.slice())
+            sent = await self.wire.attempt(WRITE, self.wire.sendfile, download.file.fileno(), offset, count, kind=SENDS)
             if sent is None:
-                return await self.send_read(download, offset, stop, None)
+                break
             offset = download.advance(offset, sent)
+        return offset
 
     async def send_read(self, download, offset, stop, digest):
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""

@@ -3054,12 +3054,16 @@ def test_idle_clients_cost_no_processor_time(mode, folder):
 
 
 def test_slices_are_the_smaller_the_more_clients_are_sent_something(tmp_path):
-    service = ftp_server.Service("selectors", None, 60, 1000)
+    service = ftp_server.Service("selectors", ftp_server.Storage(str(tmp_path), str(tmp_path)), 60, 1000)
     os.close(service.reserve)
-    with listen() as listener, socket.create_connection(listener.getsockname()) as sock:
+    fill(tmp_path, {"x": b"123"})
+    with listen() as listener, socket.create_connection(listener.getsockname()) as sock, \
+            service.storage.open_download("x") as download:
         idle, busy = (service.welcome(sock, ("127.0.0.1", port)) for port in (1, 2))
-        with busy.among_senders():
-            assert service.senders == {busy} and service.slice() == ftp_server.TURN
+        sending = busy.send_content(download, 0, 3, True)
+        sending.send(None)
+        assert service.senders == {busy} and service.slice() == ftp_server.TURN
+        sending.close()
         assert not service.senders and service.sessions == {idle, busy}
     for count, size in ((4, ftp_server.TURN // 4), (10000, ftp_server.SLICE)):
         service.senders = set(range(count))
