@@ -69,8 +69,7 @@ SLICE = 160 << 10          # bytes sent to one client before the others have the
 TURN = 1 << 27             # bytes sent to all clients in about a turn, if they are few
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
-HASH_SLICE = 1 << 20       # bytes hashed or compared between two chances for others to go first
-LISTED = 100               # files listed, and folders opened, between two such chances
+LISTED = 100               # files listed, and folders opened, between two chances for others to go first
 BIG_FOLDER = 1 << 14       # bytes that a folder itself takes, about, when its names alone take as long to read
 LONG_HEADER = 1 << 8       # bytes of a header up to which parsing it takes less than a tenth of a millisecond
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
@@ -401,8 +400,7 @@ def hash_file(file, length):
     file.seek(0)
     view = memoryview(bytearray(min(length, CHUNK)))
     for offset in range(0, length, CHUNK):
-        if offset % HASH_SLICE == 0:
-            yield COMPUTES
+        yield COMPUTES
         count = file.readinto(view[:length - offset])
         if count < min(CHUNK, length - offset):
             raise Refusal("changed", "the file shrank while it was read")
@@ -412,9 +410,8 @@ def hash_file(file, length):
 
 def same_content(one, other):
     """Generator: compare two raw files, just opened; the value is True where they are the same."""
-    for chunks in itertools.count():
-        if chunks % (HASH_SLICE // CHUNK) == 0:
-            yield COMPUTES
+    while True:
+        yield COMPUTES
         data = one.read(CHUNK)
         if data != other.read(CHUNK):
             return False
