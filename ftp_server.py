@@ -1858,38 +1858,34 @@ class Workers:
     """Threads for what would block the loop: as many as are busy at once."""
 
     def __init__(self):
-        self.threads = 0
-        self.idle = 0               # threads that wait for a job, less the jobs that no thread could be started for
+        self.begun = False          # whether there is a thread
+        self.idle = 0               # threads that wait for a job, less the jobs that wait for a thread
         self.lock = threading.Lock()
         self.jobs = QUEUE()
 
     def submit(self, function, argument):
         self.jobs.put((function, argument))
         with self.lock:
-            if self.idle > 0:
-                self.idle -= 1
+            self.idle -= 1
+            if self.idle >= 0:
                 return
-            self.threads += 1
         try:
             threading.Thread(target=self.work, daemon=True).start()
         except RuntimeError as error:
             LOG.error("no new thread: %s", error)
-            with self.lock:
-                self.threads -= 1
-                self.idle -= bool(self.threads)             # those there are will do it
-                alone = not self.threads
-            if alone:
-                self.do_job()                               # or else this one: slow, but not at an end
+            if not self.begun:      # else those there are will do it
+                self.do_job()       # in this one: slow, but not at an end
 
     def do_job(self):
+        with self.lock:
+            self.idle += 1
         function, argument = self.jobs.get()
         function(argument)
 
     def work(self):
+        self.begun = True
         while True:
             self.do_job()
-            with self.lock:
-                self.idle += 1
 
 
 class Task:
