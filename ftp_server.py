@@ -1772,11 +1772,9 @@ class Stoppable:
             raise Stopped
 
     def serve_forever(self, poll_interval=TICK):
-        try:
+        with contextlib.suppress(Stopped):
             super().serve_forever(poll_interval)
-        except (Stopped, OSError):              # OSError: what Windows' select() says of a socket that stop() has closed
-            if not self.service.stopping:
-                raise
+        self.server_close()
 
     def process_request(self, request, client_address):
         try:
@@ -1795,7 +1793,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
     request_queue_size = BACKLOG
 
     def __init__(self, service, family, address):
-        self.service, self.address_family, self.discovery = service, family, None
+        self.service, self.address_family = service, family
         self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
         threading.stack_size(256 << 10)                     # bytes for each thread, instead of the system's 8 MiB or so
         super().__init__(address, FtpHandler)
@@ -1814,14 +1812,11 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def start_discovery(self):
         """Answer on the UDP port of the same number too, from a link loop of its own."""
-        self.discovery = DiscoveryServer(self.service, self.address_family, self.server_address)
-        threading.Thread(target=self.discovery.serve_forever, daemon=True).start()
+        discovery = DiscoveryServer(self.service, self.address_family, self.server_address)
+        threading.Thread(target=discovery.serve_forever, daemon=True).start()
 
     def stop(self):
         """End all sessions; False where threads are left."""
-        self.server_close()
-        if self.discovery:
-            self.discovery.server_close()
         give_up = time.monotonic() + STOP_TIME
         all_end = self.service.cut_all(give_up)
         with self.service.left:
