@@ -979,7 +979,7 @@ class Wire:
                     raise socket.timeout
                 await ready(self.sock, event, min(patience, WAKE), kind)
                 return operation(*args)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 pass
             except socket.timeout:
                 if patience > WAKE:
@@ -1588,7 +1588,7 @@ class Service:
                 return sock, address or ("?", 0)        # macOS: gone again already
             LOG.error("no room for one more client")
             return turn_away(sock)
-        except (BlockingIOError, InterruptedError, ConnectionError):
+        except (BlockingIOError, ConnectionError):
             return None
         except OSError as error:
             LOG.error("can't take a new client: %s", error.strerror)
