@@ -857,26 +857,23 @@ class Put(Job):
         return 0, hashlib.sha256()
 
     def stream(self, file, offset, stop, digest):
-        """Send the file from offset to stop; hash it on the way if there is a digest, else don't even read it."""
-        if digest or not hasattr(os, "sendfile"):
-            return self.stream_read(file, offset, stop, digest)
-        self.client.link.flush()
-        while offset < stop:
+        """Send the file from offset to stop; hash it on the way if there is a digest, else don't read it if that can be."""
+        link = self.client.link
+        link.flush()
+        while offset < stop and not digest and hasattr(os, "sendfile"):
             self.listen()
-            count = self.client.link.push(self.sendfile, file.fileno(), offset, min(SLICE, stop - offset))
+            count = link.push(self.sendfile, file.fileno(), offset, min(SLICE, stop - offset))
             if count is None:
-                return self.stream_read(file, offset, stop, None)
+                break
             if not count:
                 raise Failed("the file shrank while it was sent: try again")
             self.progress(count)
             offset += count
-
-    def stream_read(self, file, offset, stop, digest):
         for data in pieces(file, offset, stop):
             if digest:
                 digest.update(data)
             self.listen()
-            self.client.link.send(data)
+            link.send(data)
             self.progress(len(data))
 
     def sendfile(self, fd, offset, count):
