@@ -1641,19 +1641,18 @@ def one_for_each_path(client, jobs):
 
 
 def typed(name):
-    """A remote name as it was typed, without what stands for this folder or its end. Raises Refusal."""
-    if not name:
-        split_name(name)
+    """A remote name as it was typed, without what stands for this folder or its end; "" for all. Raises Refusal."""
+    if name and name.rstrip("/") in ("", "."):
+        return ""
     with contextlib.suppress(ValueError):           # not Unicode: split_name() will say so
         name = from_disk(name)
-    name = name.rstrip("/")
-    return "" if name == "." else name[2:] if name.startswith("./") else name
+    name = name[2 * name.startswith("./"):].rstrip("/")
+    split_name(name)
+    return name
 
 
 def entries_of(client, name, recursive):
     """What a remote name or a pattern stands for: a list of entries with full names."""
-    if name:
-        split_name(name)
     client.create_socket()                          # now we know the dialect
     if client.classic or name and not (recursive or WILD.search(name)):
         return [{"name": name, "type": "file", "size": 0}]
@@ -1691,18 +1690,17 @@ def local_path(name, out):
 
 def do_ls(client, options, names):
     """ls [PATH]                    what the server has; PATH may be a pattern"""
-    name = typed(names[0]) if names else ""
+    name = names[0] if names else "."
     try:
-        show_entries(entries_in(client, name))
+        show_entries(entries_in(client, typed(name)))
     except (Refusal, re.error) as error:
-        client.fail(name or ".", reason(error))
+        client.fail(name, reason(error))
     return not client.failed
 
 
 def entries_in(client, name):
     """What is in a remote folder, or what a pattern stands for where no folder has that name."""
     if WILD.search(name):
-        split_name(name)
         entries = client.find_remote(name)
         if entries and (entries[0]["name"], entries[0]["type"]) != (name, "dir"):
             return entries
