@@ -783,10 +783,8 @@ class Put(Job):
         with self.opened() as file:
             if self.alone:
                 self.send_asking(file)
-            elif self.size <= SMALL:
-                self.send_at_once(file)
             else:
-                raise Failed("the file grew meanwhile: try again")
+                self.send_at_once(file)
 
     def opened(self):
         """Open the file and note what it is before it is read."""
@@ -812,7 +810,7 @@ class Put(Job):
         self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=self.before.st_mtime, **more)
 
     def send_at_once(self, file):
-        data = file.read(self.size + 1)
+        data = file.read(min(self.size, SMALL) + 1)     # it may have grown far beyond that
         if len(data) != self.size:
             raise Failed("the file changed while it was read: try again")
         digest = hashlib.sha256(data)
