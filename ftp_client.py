@@ -805,9 +805,8 @@ class Put(Job):
         self.alone = self.size > TINY
 
     def header(self, **more):
-        if not self.client.verify:
-            more["verify"] = False
-        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=self.before.st_mtime, **more)
+        self.client.link.request(cmd="put", name=self.name, size=self.size, mtime=self.before.st_mtime,
+                                 **more, **self.client.hashing)
 
     def send_at_once(self, file):
         data = file.read(min(self.size, SMALL) + 1)     # it may have grown far beyond that
@@ -980,9 +979,7 @@ class Get(Job):
                 offset, digest = size, self.hash_once(file, size)
         self.here = offset, digest
         more = {"offset": offset, "sha256": digest.hexdigest()} if offset else {}
-        if not self.client.verify:
-            more["verify"] = False
-        self.client.link.request(cmd="get", name=self.name, **more)
+        self.client.link.request(cmd="get", name=self.name, **more, **self.client.hashing)
 
     def finish(self):
         link = self.client.link
@@ -1085,6 +1082,7 @@ class FtpClient:
     def __init__(self, host, port, options):
         self.port = (host, port)                # as in the original: the address
         self.options, self.verify = options, not options.no_verify
+        self.hashing = {} if self.verify else {"verify": False}     # what a put or a get says of it
         self.classic, self.greeted = options.classic, False
         self.link, self.tries, self.window = None, 0, WINDOW
         self.todo, self.asked = collections.deque(), 0      # jobs to do; so many of them, the first ones, are under way
