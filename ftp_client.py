@@ -339,14 +339,14 @@ class Link:
         self.show("->", line)
         self.send(line)
 
-    def fill(self, seconds=None):
-        """Read more of the stream ahead, after all that is owed was sent."""
+    def fill(self, patience=0):
+        """Read more of the stream ahead, after all that is owed was sent: within timeout + patience seconds."""
         try:
             self.flush()
         except Broken:
             if not self.answered():     # what came before it broke counts
                 raise
-        self.wait(READ, self.timeout if seconds is None else seconds)
+        self.wait(READ, self.timeout + patience)
         self.read_ahead()
 
     def read_ahead(self):
@@ -360,7 +360,7 @@ class Link:
     def read_line(self, patience=0):
         """Read one header: its first byte within timeout + patience seconds, the rest within HEADER_TIME."""
         if not self.ahead:
-            self.fill(self.timeout + patience)
+            self.fill(patience)
         self.deadline = time.monotonic() + HEADER_TIME
         try:
             while True:
@@ -395,8 +395,6 @@ class Link:
 
     def read(self, limit):
         """Read at least one byte and at most limit; they are overwritten by the next read."""
-        if not self.ahead:
-            self.flush()
         if self.ahead:
             return self.take(limit)
         self.buffer = self.buffer or memoryview(bytearray(RECEIVE))
