@@ -393,6 +393,36 @@ class Link:
             raise (Busy if code == "busy" else Broken)("%s (%s)" % (text, code))
         raise Refusal(code, "%s (%s)" % (text, code))
 
+    def classic_request(self, *words):
+        if any("|" in word for word in words):
+            raise Failed("the classic dialect has no names with |")
+        line = "|".join(words).encode("utf-8")
+        self.show("->", line)
+        self.send(line)
+
+    def classic_answer(self, pattern, *openings):
+        """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match. Raises Failed.
+
+        What doesn't match the pattern yet is waited for while it begins one of the openings."""
+        try:
+            while (wait_for(self.sock, READ, QUIET_TIME) if re.fullmatch(pattern, bytes(self.ahead))
+                   else any(opening.startswith(bytes(self.ahead)) for opening in openings)):
+                self.fill()
+                self.deadline = min(self.deadline, time.monotonic() + HEADER_TIME)
+        except Broken as error:                 # what came before it broke counts
+            if not self.ahead and isinstance(error, HungUp):
+                raise Failed("the server hung up: that is a no, or it is no ftp_server.py") from None
+            if not self.ahead:
+                raise
+        finally:
+            self.deadline = math.inf
+        said = self.take(len(self.ahead))
+        self.show("<-", said)
+        match = re.fullmatch(pattern, said)
+        if not match:
+            raise Failed("the server answered nonsense")
+        return match
+
     def read(self, limit):
         """Read at least one byte and at most limit; they are overwritten by the next read."""
         if self.ahead:
@@ -902,9 +932,8 @@ class Put(Job):
         """The same in the original's dialect: no offset, no hash, no answer at the end."""
         with self.opened() as file:
             link = self.client.link
-            self.client.classic_request("put", self.name, str(self.size))
-            if self.client.classic_answer(rb"OK", b"OK") is None:
-                raise Failed("the server did not say OK")
+            link.classic_request("put", self.name, str(self.size))
+            link.classic_answer(rb"OK", b"OK")
             self.begin("->", 0)
             last = max(0, self.size - 1)    # the last byte is held back until it is sure that all fit together
             digest = hashlib.sha256() if self.fresh else None
@@ -1059,13 +1088,14 @@ class Get(Job):
 
     def classic(self):
         """The same in the original's dialect: all from the start, without a hash."""
-        self.client.classic_request("get", self.name, "0")
-        match = self.client.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0", b"YES|", b"NO|0")
-        if match is None or match.group(1) is None:
-            raise Failed("the server has no such file" if match else "the server answered nonsense")
-        self.resize(int(match.group(1)))
-        self.client.classic_request("second_active")
-        self.client.link.flush()
+        link = self.client.link
+        link.classic_request("get", self.name, "0")
+        size = link.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0", b"YES|", b"NO|0").group(1)
+        if size is None:
+            raise Failed("the server has no such file")
+        self.resize(int(size))
+        link.classic_request("second_active")
+        link.flush()
         self.begin("<-", 0)
         self.open_at(0)
         self.receive(0, None)
@@ -1241,34 +1271,6 @@ class FtpClient:
         self.asked -= 1
         if done:
             self.tell(job)
-
-    def classic_request(self, *words):
-        if any("|" in word for word in words):
-            raise Failed("the classic dialect has no names with |")
-        line = "|".join(words).encode("utf-8")
-        self.show("->", line)
-        self.link.send(line)
-
-    def classic_answer(self, pattern, *openings):
-        """Read an answer that has no end: it is over when nothing more comes for QUIET_TIME. The match, or None.
-
-        What doesn't match the pattern yet is waited for while it begins one of the openings."""
-        link = self.link
-        try:
-            while (wait_for(link.sock, READ, QUIET_TIME) if re.fullmatch(pattern, bytes(link.ahead))
-                   else any(opening.startswith(bytes(link.ahead)) for opening in openings)):
-                link.fill()
-                link.deadline = min(link.deadline, time.monotonic() + HEADER_TIME)
-        except Broken as error:
-            if isinstance(error, HungUp) and not link.ahead:
-                raise Failed("the server hung up: that is a no, or it is no ftp_server.py") from None
-            if not link.ahead:
-                raise
-        finally:
-            link.deadline = math.inf
-        said = link.take(len(link.ahead))
-        self.show("<-", said)
-        return re.fullmatch(pattern, said)
 
     def attempt(self, job, step):
         """Do a step of a job; False where it failed for good. What it leaves in the stream is read, or goes with the
