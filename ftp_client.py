@@ -1030,7 +1030,7 @@ class Get(Job):
                 return
             self.copy_here(offset, digest)
         self.open_at(offset)
-        self.receive(offset, digest if self.client.verify else None)
+        self.receive(digest if self.client.verify else None)
         self.check(digest)
         self.store(mtime)
 
@@ -1049,11 +1049,10 @@ class Get(Job):
         if hash_file(self.target.file, offset).digest() != digest.digest():
             raise Failed("the file here changed meanwhile: try again")
 
-    def receive(self, offset, digest):
-        while offset < self.size:
-            data = self.client.link.read(self.size - offset)
-            offset += len(data)
-            self.coming = self.size - offset
+    def receive(self, digest):
+        while self.coming:
+            data = self.client.link.read(self.coming)
+            self.coming -= len(data)
             write_all(self.target.file, data)
             if digest:
                 digest.update(data)
@@ -1098,7 +1097,8 @@ class Get(Job):
         link.flush()
         self.begin("<-", 0)
         self.open_at(0)
-        self.receive(0, None)
+        self.coming = self.size
+        self.receive(None)
         self.store(None)
 
 
