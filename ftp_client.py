@@ -1074,13 +1074,12 @@ class Get(Job):
         self.target.close()
 
     def read_past(self):
-        coming, self.coming = self.coming, None
-        if coming is None:
+        if self.coming is None:
             return True
         with contextlib.suppress(Broken, Failed):
-            while 0 < coming <= SMALL:
-                coming -= len(self.client.link.read(coming))
-            if not coming:
+            while 0 < self.coming <= SMALL:
+                self.coming -= len(self.client.link.read(self.coming))
+            if not self.coming:
                 self.client.link.answer(work_time(self.size))
                 return True
         return False
