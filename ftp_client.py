@@ -284,11 +284,10 @@ class Link:
         self.deadline = math.inf    # time.monotonic() at which a wait ends even if bytes still come, as for a header
         self.buffer = None          # of read(), made when it is first needed
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Broken for whatever the socket raises in the block."""
+    def call(self, operation, *args):
+        """Do an operation of the socket's; Broken for whatever it raises."""
         try:
-            yield
+            return operation(*args)
         except socket.timeout:
             raise Broken("nothing moved for %g seconds" % self.timeout) from None
         except ConnectionError as error:
@@ -310,8 +309,14 @@ class Link:
     def push(self, operation, *args):
         """Do a sending operation when the socket takes some bytes; how many it took."""
         self.wait(WRITE, self.timeout)
-        with self.waiting():
-            return operation(*args)
+        return self.call(operation, *args)
+
+    def pull(self, operation, *args):
+        """Do a receiving operation; what it got. Raises HungUp at the end of the stream."""
+        got = self.call(operation, *args)
+        if not got:
+            raise HungUp("the server closed the connection")
+        return got
 
     def wait(self, event, seconds):
         """Wait until the socket is ready. A peer that still takes what is on its way to it is slow but not silent.
@@ -325,7 +330,7 @@ class Link:
             if ready & event:
                 return
             if ready:
-                self.read_ahead()
+                self.ahead += self.pull(self.sock.recv, CHUNK)
             left, before, now = unsent(self.sock), left, time.monotonic()
             if left < before:
                 limit = now + seconds
@@ -347,15 +352,7 @@ class Link:
             if not self.answered():     # what came before it broke counts
                 raise
         self.wait(READ, self.timeout + patience)
-        self.read_ahead()
-
-    def read_ahead(self):
-        """Read what has arrived. Raises HungUp at the end of the stream."""
-        with self.waiting():
-            data = self.sock.recv(CHUNK)
-        if not data:
-            raise HungUp("the server closed the connection")
-        self.ahead += data
+        self.ahead += self.pull(self.sock.recv, CHUNK)
 
     def read_line(self, patience=0):
         """Read one header: its first byte within timeout + patience seconds, the rest within HEADER_TIME."""
@@ -430,11 +427,7 @@ class Link:
         self.buffer = self.buffer or memoryview(bytearray(RECEIVE))
         if not HAS_POLL:                    # Ctrl-C ends no recv() there
             self.wait(READ, self.timeout)
-        with self.waiting():
-            count = self.sock.recv_into(self.buffer[:limit])
-        if not count:
-            raise HungUp("the server closed the connection")
-        return self.buffer[:count]
+        return self.buffer[:self.pull(self.sock.recv_into, self.buffer[:limit])]
 
     def answered(self):
         """Tell whether the server has said something already, or has closed."""
