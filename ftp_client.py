@@ -1428,9 +1428,7 @@ def find_servers(address, port_number, show):
                 data, sender = sock.recvfrom(CHUNK)
                 show("<-", data)
                 answer = decode(data)
-            except socket.timeout:
-                break
-            except (OSError, BadMessage):           # on Windows an unreachable port ends up here
+            except (OSError, BadMessage):           # the former: time is up or, on Windows, that port is unreachable
                 continue
             host, mode, number = (answer.get(key) for key in ("host", "mode", "port"))
             texts = isinstance(host, str) and isinstance(mode, str)
