@@ -1579,10 +1579,8 @@ def add_put(client, path, recursive, jobs):
         with client.telling(path):
             jobs.append(Put(client, path, top))
         return
-    unread = []
-    for folder, folders, files in os.walk(path, onerror=unread.append):
-        inner = os.path.relpath(folder, path)
-        name = top if inner == "." else os.path.join(top, inner)
+    for folder, folders, files in os.walk(path, onerror=lambda error: client.fail(error.filename, error.strerror)):
+        name = os.path.normpath(os.path.join(top, os.path.relpath(folder, path)))
         folders.sort()
         links = [link for link in folders if os.path.islink(os.path.join(folder, link))]
         files = sorted(file for file in files if not UNFINISHED.fullmatch(file))    # what a get has begun here
@@ -1595,8 +1593,6 @@ def add_put(client, path, recursive, jobs):
                 jobs.append(Put(client, file_path, os.path.join(name, file)))
         for link in links:
             client.fail(os.path.join(folder, link), "a link to a folder, left out")
-    for error in unread:
-        client.fail(error.filename, error.strerror)
 
 
 def do_get(client, options, names):
