@@ -561,15 +561,6 @@ def write_all(file, view):
         done += file.write(view[done:])
 
 
-def replaceable(path):
-    """Tell whether a path is free, or that of a file or a link."""
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return True                                     # storing it will say what is wrong
-    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
-
-
 def same_content(one, other):
     """Tell whether two local files hold the same bytes."""
     try:
@@ -979,7 +970,7 @@ class Get(Job):
         super().__init__(client, name, size)
         if UNFINISHED.fullmatch(os.path.basename(path)):
             raise Failed("a get that was never finished left it there")
-        if replace and not replaceable(path):
+        if replace and os.path.lexists(path) and not (os.path.isfile(path) or os.path.islink(path)):
             raise Failed("what has that name here is not a file")
         self.target, self.replace = Target(path), replace
         self.here = None            # (length, digest) of what is here already and was told to the server
