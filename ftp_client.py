@@ -1433,7 +1433,7 @@ def show_servers(options, show):
     try:
         found = find_servers(options.find, options.port, show)
     except (OSError, UnicodeError) as error:
-        note("can't ask %s: %s" % (options.find, error.strerror if isinstance(error, OSError) else error))
+        note("can't ask %s: %s" % (options.find, reason(error)))
         return 1
     if not found:
         note("no server answered on UDP port %d: is one running, with this port, and does its firewall let UDP in?"
