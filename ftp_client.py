@@ -678,10 +678,8 @@ class Target:
             os.fsync(fd)
             self.file.close()
         if mtime is not None:
-            try:
+            with contextlib.suppress(OSError, OverflowError):       # a time that this system can't hold
                 os.utime(fd if os.utime in os.supports_fd else self.partial, ns=(nanoseconds(mtime),) * 2)
-            except (OSError, OverflowError):        # a time that this system can't hold
-                pass
         if os.name != "nt":
             os.fsync(fd)
             if not self.has_name(os.fstat(fd)):     # another file may have it now
