@@ -515,8 +515,7 @@ def age(info):
 
 def fresh(info):
     """Tell whether a file was written to so lately that its stamps may not show the next write."""
-    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
-    return age(info) < (SETTLED if coarse else FRESH)
+    return age(info) < (FRESH if info.st_mtime_ns % 10 ** 9 else SETTLED)       # whole seconds, as on FAT and ext3
 
 
 def changed(file, before):
@@ -1569,7 +1568,8 @@ def add_put(client, path, recursive, jobs):
             jobs.append(Put(client, path, top))
         return
     for folder, folders, files in os.walk(path, onerror=lambda error: client.fail(error.filename, error.strerror)):
-        name = os.path.normpath(os.path.join(top, os.path.relpath(folder, path)))
+        inner = os.path.relpath(folder, path)
+        name = top if inner == "." else os.path.join(top, inner)
         folders.sort()
         links = [link for link in folders if os.path.islink(os.path.join(folder, link))]
         files = sorted(file for file in files if not UNFINISHED.fullmatch(file))    # what a get has begun here

@@ -341,8 +341,7 @@ def age(info):
 
 def fresh(info):
     """Tell whether a file was written to so lately that its stamps may not show the next write."""
-    coarse = not (info.st_mtime_ns % 10 ** 9 or info.st_ctime_ns % 10 ** 9)       # whole seconds, as on FAT and ext3
-    return age(info) < (SETTLED if coarse else FRESH)
+    return age(info) < (FRESH if info.st_mtime_ns % 10 ** 9 else SETTLED)       # whole seconds, as on FAT and ext3
 
 
 class Download:

@@ -1237,14 +1237,14 @@ def test_hash_is_not_remembered_of_a_file_whose_stamps_tell_nothing(tmp_path, mo
             assert download.known == known
 
 
-@cases("seconds, more, is_fresh", {
-    "just now": (0, 5, True), "fine clock": (1, 5, False), "clock of whole seconds": (1, 0, True),
-    "whole seconds, long ago": (3, 0, False), "ahead": (-60, 5, False)})
+@cases("seconds, written, changed, is_fresh", {
+    "just now": (0, 5, 5, True), "fine clock": (1, 5, 5, False), "clock of whole seconds": (1, 0, 0, True),
+    "whole seconds of writing only": (1, 0, 5, True), "whole seconds, long ago": (3, 0, 0, False), "ahead": (-60, 5, 5, False)})
 @pytest.mark.parametrize("module", [ftp_server, ftp_client], ids=["server", "client"])
-def test_file_is_fresh_as_long_as_the_next_write_may_get_the_same_stamps(module, monkeypatch, seconds, more, is_fresh):
-    monkeypatch.setattr(module.time, "time", lambda: 1000.0 + seconds + more / 1e9)
-    stamp = 1000 * 10 ** 9 + more
-    info = types.SimpleNamespace(st_mtime=stamp / 1e9, st_mtime_ns=stamp, st_ctime=stamp / 1e9, st_ctime_ns=stamp)
+def test_file_is_fresh_as_long_as_the_next_write_may_get_the_same_stamps(module, monkeypatch, seconds, written, changed, is_fresh):
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0 + seconds + 5e-9)
+    info = types.SimpleNamespace(st_mtime=1000 + written / 1e9, st_mtime_ns=1000 * 10 ** 9 + written,
+                                 st_ctime=1000 + changed / 1e9, st_ctime_ns=1000 * 10 ** 9 + changed)
     assert module.fresh(info) is is_fresh
 
 
