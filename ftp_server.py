@@ -779,9 +779,9 @@ class Storage:
                     info = folder.stat(name)
                     if not info:
                         continue
-                    now = time.time()                   # a stamp ahead of that is none of ours, but the sender's mtime
-                    touched = max((stamp for stamp in (info.st_atime, info.st_mtime) if stamp <= now), default=now)
-                    if now - touched > PARTIAL_LIFE:
+                    ages = [time.time() - stamp for stamp in (info.st_atime, info.st_mtime)]
+                    # A stamp far ahead is none of ours, but the sender's mtime; one a little ahead: the clock was set back.
+                    if min((age for age in ages if age > -PARTIAL_LIFE), default=0) > PARTIAL_LIFE:
                         with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
                             lock(file.fileno())
                             if os.name == "nt":         # there an open file can't be removed, and its name stays its own

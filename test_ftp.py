@@ -1790,7 +1790,7 @@ def test_partial_that_is_longer_than_the_file_is_no_start_of_it(server, peer):
 
 @in_all_modes_at_once
 def test_partial_older_than_a_day_is_removed(mode, folder):
-    young, data = upload_id(), content(1000)
+    young, back, data = upload_id(), upload_id(), content(1000)
     with serve(mode, folder) as server:
         server.cut_upload("x", data, 600, id=upload_id())
         server.cut_upload("y", data, 600, id=upload_id())
@@ -1799,8 +1799,10 @@ def test_partial_older_than_a_day_is_removed(mode, folder):
             os.utime(os.path.join(server.upload, ".partial", name), (old, mtime))
         server.cut_upload("x", data, 700, id=young)
         os.utime(os.path.join(server.upload, ".partial", young), (time.time() - 80000, 0))
+        server.cut_upload("z", data, 800, id=back)
+        os.utime(os.path.join(server.upload, ".partial", back), (old, time.time() + 600))       # the clock was set back
     with serve(mode, folder) as server, server.peer() as peer:
-        wait_for(lambda: list(server.partials().values()) == [700])
+        wait_for(lambda: sorted(server.partials().values()) == [700, 800])
         assert peer.ask({"cmd": "resume", "name": "x", "size": 1000, "id": young})["offset"] == 700
 
 
