@@ -679,63 +679,6 @@ class Storage:
             while len(self.digests) > DIGESTS:
                 self.digests.popitem(last=False)
 
-    def list(self, path, recursive):
-        """Generator: what the download folder holds under path; the value is (the lines of the listing, {name: why} of
-        what is there too, but can't be served)."""
-        lines, left_out, todo, steps = [], {}, [split_name(path) if path else []], 0
-        depth = len(todo[0])
-        while todo:
-            parts = todo.pop()
-            inside, refused = [], []
-            steps += len(parts) + 1
-            if steps >= LISTED:
-                steps = 0
-                yield LISTS
-            try:
-                folder = descend(Folder(self.download), parts)
-            except OSError as error:
-                if len(parts) == depth:
-                    raise
-                self.leave_out(left_out, error, parts)
-                continue
-            with folder:
-                if folder.fd is not None and os.fstat(folder.fd).st_size > BIG_FOLDER:
-                    yield LISTS
-                for name in folder.names(refused=refused):
-                    steps += 1
-                    if steps >= LISTED:
-                        steps = 0
-                        yield LISTS
-                    try:
-                        info = folder.stat(name)
-                    except OSError as error:
-                        if len(parts) == depth:
-                            raise
-                        self.leave_out(left_out, error, parts + [name])
-                        continue
-                    if not info:                        # removed meanwhile
-                        continue
-                    is_folder = stat.S_ISDIR(info.st_mode)
-                    if is_folder or stat.S_ISREG(info.st_mode):
-                        lines.append(encode({"name": "/".join(parts[depth:] + [name]), "mtime": info.st_mtime,
-                                             "type": "dir" if is_folder else "file",
-                                             "size": 0 if is_folder else info.st_size}))
-                    if is_folder and recursive:
-                        inside.append(parts + [name])
-            left_out.update(("/".join(parts + [name]), "no name that can be asked for") for name in refused)
-            todo += reversed(inside)
-        return b"".join(lines), left_out
-
-    @staticmethod
-    def leave_out(left_out, error, parts):
-        """Go on with a listing without what an OSError is about; raise it where, as without descriptors or with a read
-        error, nobody knows what would be missing."""
-        code = refusal_of(error).code
-        if code == "denied":
-            left_out["/".join(parts)] = error.strerror
-        elif code not in ("not-found", "not-a-file"):           # these were removed meanwhile
-            raise error
-
     def open_upload(self, name, size, ident, give_way):
         """Generator: open the Upload of a put. give_way() ends the caller's session, should a newer one want the id."""
         parts = split_name(name)
@@ -789,6 +732,81 @@ class Storage:
                             elif not folder.has(name, os.fstat(file.fileno())):
                                 continue
                             folder.unlink(name)
+
+
+class Listing:
+    """What a folder holds, or all that is in it, as collect() finds it."""
+
+    def __init__(self, root, path, recursive):
+        self.root, self.recursive = root, recursive
+        self.top = split_name(path) if path else []
+        self.lines = bytearray()
+        self.left_out = {}          # name: why it is there, but can't be served
+        self.steps = 0              # since others could go first
+
+    def collect(self):
+        """Generator: look into the folder, and into those in it. Raises OSError."""
+        todo = [self.top]
+        while todo:
+            parts = todo.pop()
+            yield from self.step(len(parts) + 1)
+            try:
+                folder = descend(Folder(self.root), parts)
+            except OSError as error:
+                if parts == self.top:
+                    raise
+                self.leave_out(parts, error)
+                continue
+            with folder:
+                todo += reversed((yield from self.look_into(folder, parts)))
+
+    def look_into(self, folder, parts):
+        """Generator: add what is in an open folder; the value is the folders to look into next."""
+        refused, folders = [], []
+        if folder.fd is not None and os.fstat(folder.fd).st_size > BIG_FOLDER:
+            yield LISTS
+        for name in folder.names(refused=refused):
+            yield from self.step(1)
+            try:
+                info = folder.stat(name)
+            except OSError as error:
+                if parts == self.top:
+                    raise
+                self.leave_out(parts + [name], error)
+                continue
+            if info and stat.S_ISDIR(info.st_mode):
+                self.add(parts + [name], "dir", 0, info.st_mtime)
+                folders.append(parts + [name])
+            elif info and stat.S_ISREG(info.st_mode):
+                self.add(parts + [name], "file", info.st_size, info.st_mtime)
+        for name in refused:
+            self.left_out["/".join(parts + [name])] = "no name that can be asked for"
+        return folders if self.recursive else []
+
+    def step(self, count):
+        """Generator: let others go first where so much more is too much at a time."""
+        self.steps += count
+        if self.steps >= LISTED:
+            self.steps = 0
+            yield LISTS
+
+    def add(self, parts, kind, size, mtime):
+        name = "/".join(parts[len(self.top):])
+        self.lines += encode({"name": name, "type": kind, "size": size, "mtime": mtime})
+
+    def leave_out(self, parts, error):
+        """Go on without what an OSError is about; raise it where, as without descriptors or with a read error, nobody
+        knows what would be missing."""
+        code = refusal_of(error).code
+        if code == "denied":
+            self.left_out["/".join(parts)] = error.strerror
+        elif code not in ("not-found", "not-a-file"):           # these were removed meanwhile
+            raise error
+
+    def told(self):
+        """What is left out, in words, for which a header has room."""
+        some = ", ".join("%s (%s)" % item for item in itertools.islice(self.left_out.items(), 20))
+        return some[:4000] + (" and %d more" % (len(self.left_out) - 20) if len(self.left_out) > 20 else "")
 
 
 # ==== Messages: one JSON object a line (no I/O) ==========================================================
@@ -1090,12 +1108,6 @@ class Wire:
 
 # ==== Session: one client from hello to goodbye ===========================================================
 
-def told(left_out):
-    """{name: why} as a text for people, of a length that a header has room for."""
-    some = ", ".join("%s (%s)" % item for item in itertools.islice(left_out.items(), 20))
-    return some[:4000] + (" and %d more" % (len(left_out) - 20) if len(left_out) > 20 else "")
-
-
 def address_text(address):
     """HOST:PORT, an IPv6 host in brackets."""
     return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
@@ -1258,18 +1270,19 @@ class Session:
 
     async def do_ls(self, ask):
         path, recursive = fields(ask, "path", "recursive")
+        listing = Listing(self.storage.download, path, recursive)
         try:
-            listing, left_out = await self.in_slices(self.storage.list(path, recursive))
+            await self.in_slices(listing.collect())
         except NotADirectoryError:
             raise Refusal("not-a-file", "not a folder") from None
-        LOG.debug("%s ls %s %d bytes", self.peer, path or "/", len(listing))
+        LOG.debug("%s ls %s %d bytes", self.peer, path or "/", len(listing.lines))
         more = {}
-        if recursive and left_out:      # whoever wants all must know
-            more["left_out"] = told(left_out)
+        if recursive and listing.left_out:      # whoever wants all must know
+            more["left_out"] = listing.told()
             LOG.warning("%s ls %s leaves out: %s", self.peer, path or "/", more["left_out"])
-        await self.reply(size=len(listing), **more)
+        await self.reply(size=len(listing.lines), **more)
         self.answering = True
-        await self.wire.send(listing)
+        await self.wire.send(listing.lines)
 
     async def do_get(self, ask):
         name, offset, sha256, verify = fields(ask, "name", "offset", "sha256", "verify")
