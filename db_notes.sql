@@ -109,7 +109,7 @@ SELECT id, name
 FROM   tb_table
 WHERE  name = 'YUAN';
 -- > 1 | YUAN
--- One space does count: in MariaDB a built-in function's name must touch its parenthesis.
+-- One space does count: in MariaDB the names of some built-in functions, COUNT among them, must touch their parenthesis.
 -- try: SELECT COUNT (*) FROM tb_table;
 -- > sqlite: 3
 -- > postgresql: 3

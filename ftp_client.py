@@ -55,6 +55,7 @@ FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a 
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL), re.DOTALL)      # all of that file's name, see Target
+NO_RIGHT = errno.EACCES, errno.EPERM, errno.EROFS
 WILD = re.compile(r"[*?\[]")     # what makes a name a pattern
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")     # what turns around how a terminal shows what follows
 FRESH = 0.05               # seconds after a write in which the next one may get the same stamps
@@ -110,6 +111,8 @@ def reason(error):
     if isinstance(error, RecursionError):               # of os.makedirs() and, before Python 3.12, os.walk()
         return "too many folders inside one another"
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(name, str) and UNFINISHED.fullmatch(os.path.basename(name)) and error.errno in NO_RIGHT:
+        name = os.path.dirname(name) or "this folder"   # which is what can be mended
     return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
 
 
@@ -1329,14 +1332,14 @@ class FtpClient:
 
     def read_listing(self):
         left, left_out = fields(self.link.answer(), "size", "left_out")
-        if left_out:
-            self.left_out.append("left out of the listing: " + left_out)
         self.show("<-", b"%d bytes" % left)
         if left > LISTING_LIMIT:
             raise BadMessage("a listing of %d bytes" % left)
         listing = bytearray()
         while len(listing) < left:
             listing += self.link.read(left - len(listing))
+        if left_out:
+            self.left_out.append("left out of the listing: " + left_out)
         return [line for line in listing.split(b"\n") if line]
 
     def entry_of(self, line):
@@ -1537,7 +1540,7 @@ def parse_command(words):
         if not least <= len(names) <= most:
             raise getopt.GetoptError("too few names" if len(names) < least else "too many names")
     except getopt.GetoptError as error:
-        raise Usage("%s; usage: %s" % (error, function.__doc__)) from None
+        raise Usage("%s; usage: %s" % (error, re.sub(" {2,}", "  ", function.__doc__))) from None
     return function, dict(options), names
 
 
@@ -1690,7 +1693,7 @@ def show_entries(entries):
 
 
 def do_lcd(client, options, names):
-    """lcd [DIR]                    go to a folder on this machine"""
+    """lcd [DIR]                    go to a folder on this machine; alone: home"""
     os.chdir(local(names[0]) if names else os.path.expanduser("~"))
     say(os.getcwd())
     return True
@@ -1747,7 +1750,7 @@ def split_words(line):
     try:
         return list(words)
     except ValueError:
-        raise Usage("a quote is not closed") from None
+        raise Usage("a quote is not closed; a name that holds ' goes between two \"") from None
 
 
 def run_command(client, words):

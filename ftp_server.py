@@ -78,7 +78,7 @@ WRITE_TIME = 0.05          # seconds without a further byte after which what cam
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic request
 LINGER_TIME = 5            # seconds that a peer has to read the last answer before the socket goes
 TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
-TELL_TIME = 0.05           # seconds of them in which it may tell its client, before it is cut
+TELL_TIME = 0.5            # seconds of them in which it may tell its client, before it is cut
 STOP_TIME = 1              # seconds that sessions have to end when the server stops
 TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
@@ -751,14 +751,12 @@ class Listing:
             parts = todo.pop()
             yield from self.step(len(parts) + 1)
             try:
-                folder = descend(Folder(self.root), parts)
+                with descend(Folder(self.root), parts) as folder:
+                    todo += reversed((yield from self.look_into(folder, parts)))
             except OSError as error:
                 if parts == self.top:
                     raise
                 self.leave_out(parts, error)
-                continue
-            with folder:
-                todo += reversed((yield from self.look_into(folder, parts)))
 
     def look_into(self, folder, parts):
         """Generator: add what is in an open folder; the value is the folders to look into next."""
@@ -990,7 +988,7 @@ class Wire:
             limit = self.timeout / 8 if slow_is_fine and left is None else self.timeout
             patience = min(start + limit, self.deadline) - time.monotonic()
             try:
-                if self.cut:
+                if self.cut and not (event == WRITE and isinstance(self.cut, Refusal)):     # what is said already goes first
                     raise ConnectionAbortedError
                 if patience <= 0:
                     raise socket.timeout
@@ -1427,7 +1425,7 @@ class Session:
             self.payload -= len(data)
             upload.write(data)
         if self.payload and not upload.digest and hasattr(os, "splice"):
-            return await self.receive_unread(upload)
+            await self.receive_unread(upload)
         view, filled = memoryview(bytearray(min(RECEIVE, self.payload))), 0
         try:
             while self.payload:
@@ -1444,7 +1442,10 @@ class Session:
 
     async def receive_unread(self, upload):
         """Move the payload into the upload through a pipe by splice(2): nobody looks at it, so nobody copies it."""
-        pipe, end = os.pipe()
+        try:
+            pipe, end = os.pipe()
+        except OSError:             # out of descriptors: it is read as if there were no splice(2)
+            return
         try:
             with contextlib.suppress(OSError):      # the system limits what all pipes of a user hold together
                 fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE)
@@ -1878,6 +1879,7 @@ class Workers:
                 return
         try:
             threading.Thread(target=self.work, daemon=True).start()
+            self.begun = True
         except RuntimeError as error:
             LOG.error("no new thread: %s", error)
             if not self.begun:      # else those there are will do it
@@ -1890,7 +1892,6 @@ class Workers:
         function(argument)
 
     def work(self):
-        self.begun = True
         while True:
             self.do_job()
 
@@ -2329,7 +2330,14 @@ def parse_args(argv=None):
     add("-v", "--verbose", action="store_true", help="log listings too")
     add("-q", "--quiet", action="store_true", help="log problems only")
     add("--version", action="version", version="ftp_server.py " + VERSION)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    both = re.fullmatch(r"([^:]+|\[.+\]):([0-9]+)", options.host)
+    if both:
+        parser.error("HOST and PORT are two words: %s %s" % both.groups())
+    if re.fullmatch("[0-9]+", options.host):
+        parser.error("HOST comes before PORT: 127.0.0.1 %s" % options.host)
+    options.host = options.host.strip("[]")         # an IPv6 address as the banner prints it
+    return options
 
 
 class Unusable(SystemExit):

@@ -4051,7 +4051,7 @@ def test_what_can_not_be_written_at_the_start_is_one_clear_line(tmp_path):
     "timeout 1e9": ["--timeout", "1e9"],
     "timeout": ["--timeout", "soon"], "timeout 0": ["--timeout", "0"], "timeout nan": ["--timeout", "nan"],
     "clients": ["--max-clients", "some"], "clients -1": ["--max-clients", "-1"], "option": ["--frob"],
-    "too much": ["127.0.0.1", "0", "more"],
+    "too much": ["127.0.0.1", "0", "more"], "port first": ["8885"], "host:port": ["127.0.0.1:8885"], "[host]:port": ["[::1]:8885"],
 })
 def test_wrong_usage_of_the_server_is_exit_2(arguments, folder):
     assert server_fails("--root", str(folder), *arguments)[0] == 2
@@ -4571,6 +4571,22 @@ def test_quiet_client_says_nothing_unless_it_fails(lone, work):
     done = client(lone, "put", "x", "-q", cwd=work)
     assert done == (0, "", "")
     assert client(lone, "get", "missing", "-q", cwd=work).err
+
+
+@pytest.mark.parametrize("out, told", [("", "this folder"), ("sub", "sub")])
+def test_folder_here_that_takes_nothing_is_named(lone, work, out, told):
+    patch = """
+import os
+def refuse(path, *rest, open=os.open):
+    if str(path).endswith(".partial"):
+        raise PermissionError(13, "Permission denied", path)
+    return open(path, *rest)
+os.open = refuse
+"""
+    (work / "sub").mkdir()
+    lone.serves("x", b"x")
+    options = ["-o", out] if out else []
+    assert client(lone, "get", "x", *options, cwd=work, patch=patch) == (1, "", "x: %s: Permission denied\n" % told)
 
 
 @at_once_for({
