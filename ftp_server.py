@@ -69,7 +69,7 @@ SLICE = 160 << 10          # bytes sent to one client before the others have the
 TURN = 1 << 27             # bytes sent to all clients in about a turn, if they are few
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
-LISTED = 100               # files listed, and folders opened, between two chances for others to go first
+LISTED = 20                # files listed, and folders opened, between two chances for others to go first
 BIG_FOLDER = 1 << 14       # bytes that a folder itself takes, about, when its names alone take as long to read
 LONG_HEADER = 1 << 8       # bytes of a header up to which parsing it takes less than a tenth of a millisecond
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
@@ -88,13 +88,15 @@ COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, 
 LISTS = "lists"            # the same for the rest of a long listing, which has its own line: it need not wait for hashes
 PARSES = "parses"          # the same for a long header
 SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time. For the loop it BLOCKS
-FEW = max(2, os.cpu_count() or 1)
-AT_ONCE = {BLOCKS: 256, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW}      # sessions that may do such work at the same time
-STUCK = 0.5                # seconds after which a session still at work isn't counted among them: perhaps its disk hangs
+RUNS = "runs"              # the same for all else that a thread does when its socket is ready
+FEW = max(2, os.cpu_count() or 1)       # hundreds that want the interpreter at once keep others from it, and new ones above all
+AT_ONCE = {BLOCKS: 64, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: FEW}    # sessions that may do so at the same time
+STUCK = 0.5                # seconds after which a session still at work isn't counted among them, for BLOCKS a TICK
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
 ACCEPTS = 32               # connections that are accepted before the clients already here have their turn
-REQUESTS = 32              # requests of one client that are answered before others have their turn
+RUN_TIME = 0.005           # seconds for which a client's requests, if more are here already, are answered before others have their turn
+ROUND = 0.1                # seconds, about, until a client has its next turn, if hundreds send such
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
 SWEEP_EVERY = 3600         # seconds between two looks for such
@@ -397,9 +399,10 @@ def hash_file(file, length):
     """Generator: the value is the SHA-256 of the first length bytes of a raw file. Raises Refusal where it is shorter."""
     digest = hashlib.sha256()
     file.seek(0)
-    view = memoryview(bytearray(min(length, CHUNK)))
+    view = None
     for offset in range(0, length, CHUNK):
         yield COMPUTES
+        view = view or memoryview(bytearray(min(length, CHUNK)))    # not before its turn: hundreds may be in line
         count = file.readinto(view[:length - offset])
         if count < min(CHUNK, length - offset):
             raise Refusal("changed", "the file shrank while it was read")
@@ -938,8 +941,7 @@ def ready(sock, event, timeout, kind):
 def announce(kind):
     """Say what kind of work comes next, one of those AT_ONCE: it may keep its thread until the next ready().
 
-    The event loop hands the session to a worker thread meanwhile. A thread of its own just goes on, for all but
-    BLOCKS when it is its turn."""
+    The event loop hands the session to a worker thread meanwhile; a thread of its own just goes on when it is its turn."""
     yield kind
 
 
@@ -1149,11 +1151,12 @@ class Session:
     async def run(self):
         """Serve the client until one of the two has enough."""
         LOG.info("%s connected", self.peer)
-        requests = itertools.count(1)
         try:
+            start = time.monotonic()
             while await self.do_request():
-                if next(requests) % REQUESTS == 0:      # many may be here already: they wait for others meanwhile
+                if time.monotonic() - start > self.service.run_time():      # many may be here already: others go first
                     await self.wire.flush()
+                    start = time.monotonic()
             await self.let_go()
             await self.wire.linger()
         except (Gone, Refusal) as why:
@@ -1336,11 +1339,12 @@ class Session:
 
     async def send_read(self, download, offset, stop, digest):
         """Send a file from offset to stop by reading it; hash it on the way if there is a digest."""
-        view = memoryview(bytearray(min(CHUNK, stop - offset)))
+        view = None
         download.file.seek(offset)
         kind = COMPUTES if stop - offset > SMALL else BLOCKS
         while offset < stop:
             await announce(kind)
+            view = view or memoryview(bytearray(min(CHUNK, stop - offset)))     # not before its turn: hundreds may be in line
             count = download.file.readinto(view[:stop - offset])
             offset = download.advance(offset, count)
             if digest:
@@ -1573,6 +1577,10 @@ class Service:
             if not self.sessions:
                 self.left.notify_all()
 
+    def run_time(self):
+        """Seconds for which one session may answer what its client has sent already."""
+        return min(RUN_TIME, ROUND / max(1, len(self.sessions)))
+
     def slice(self):
         """Bytes that one of the senders may send at a time: small slices of many keep nobody waiting."""
         return max(SLICE, TURN // len(self.senders))
@@ -1691,10 +1699,10 @@ def wait_for(sock, events, seconds):
 
 class Turns:
     """A semaphore: only so many do some kind of work at a time, the others wait in line. Whoever stands still, as for
-    a disk that hangs, is counted for about STUCK seconds only: then another one may go instead."""
+    a disk that hangs, is counted for about so many seconds only: then another one may go instead."""
 
-    def __init__(self, limit):
-        self.lock, self.limit = threading.Lock(), limit
+    def __init__(self, limit, seconds):
+        self.lock, self.limit, self.seconds = threading.Lock(), limit, seconds
         self.begun, self.line = {}, collections.deque()     # who: when; only of those that count
 
     def take(self, who):
@@ -1725,10 +1733,15 @@ class Turns:
             return []
         now = time.monotonic()
         with self.lock:
-            late = [who for who, start in self.begun.items() if now - start > STUCK][:len(self.line)]
+            late = [who for who, start in self.begun.items() if now - start > self.seconds][:len(self.line)]
             for who in late:
                 del self.begun[who]
             return [self.begin() for _ in late]
+
+
+def make_turns():
+    """The Turns for each kind of work."""
+    return {kind: Turns(limit, TICK if kind == BLOCKS else STUCK) for kind, limit in AT_ONCE.items()}
 
 
 class FtpHandler(socketserver.BaseRequestHandler):
@@ -1737,16 +1750,16 @@ class FtpHandler(socketserver.BaseRequestHandler):
     def handle(self):
         service = self.server.service
         session = service.welcome(self.request, self.client_address)
+        self.gate = threading.Lock()        # stays locked; where this thread waits for its turn, another one opens it
+        self.gate.acquire()
         try:
             with contextlib.closing(session.run()) as steps:
                 wait = steps.send(None)
                 while True:
-                    if wait == BLOCKS:                      # as a thread may
-                        wait = steps.send(None)
-                    elif wait in AT_ONCE:
-                        wait = self.in_turn(steps, self.server.turns[wait])
+                    if wait in AT_ONCE:
+                        wait = self.in_turn(steps, wait)
                     elif wait_for(*wait[:3]):
-                        wait = wait[3] or steps.send(None)
+                        wait = wait[3] or RUNS
                     else:
                         wait = steps.throw(socket.timeout())
         except StopIteration:
@@ -1754,16 +1767,18 @@ class FtpHandler(socketserver.BaseRequestHandler):
         finally:
             service.farewell(session)
 
-    def in_turn(self, steps, turns):
-        """Let the session go on to its next wait when it is its turn."""
-        gate = threading.Lock()
-        gate.acquire()
-        if not turns.take(gate):
-            gate.acquire()              # waits for the thread whose turn ends
+    def in_turn(self, steps, kind):
+        """Let the session go on when it is its turn: to its next wait, or as long as nobody else is in line."""
+        turns = self.server.turns[kind]
+        if not turns.take(self.gate):
+            self.gate.acquire()
         try:
-            return steps.send(None)
+            wait = steps.send(None)
+            while wait == kind and not turns.line:
+                wait = steps.send(None)
+            return wait
         finally:
-            following = turns.end(gate)
+            following = turns.end(self.gate)
             if following:
                 following.release()
 
@@ -1807,7 +1822,7 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def __init__(self, service, family, address):
         self.service, self.address_family = service, family
-        self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
+        self.turns = make_turns()
         threading.stack_size(256 << 10)                     # bytes for each thread, instead of the system's 8 MiB or so
         super().__init__(address, FtpHandler)
 
@@ -1927,7 +1942,7 @@ class SelectFtpServer:
         self.dic = {}               # connection: its Task
         self.sel = selectors.DefaultSelector()
         self.workers = Workers()
-        self.turns = {kind: Turns(count) for kind, count in AT_ONCE.items()}
+        self.turns = make_turns()
         self.back = collections.deque()             # (Task, its next wait) from the workers
         self.alarms, self.tickets = [], itertools.count()       # heap of (time, ticket, Task); tickets break ties
         self.batch = collections.deque()            # of this turn's Tasks those that have to do with files
