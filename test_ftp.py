@@ -1318,6 +1318,34 @@ def test_full_folder_lets_others_go_first_before_its_names_are_read(tmp_path, mo
         assert next(ftp_server.Listing(str(tmp_path), "", False).collect()) == ftp_server.LISTS and not listdir.called
 
 
+def test_what_is_left_out_of_a_listing_has_room_in_a_header(tmp_path):
+    listing = ftp_server.Listing(str(tmp_path), "", True)
+    for number in range(1000):
+        listing.leave_out(["\U0001f393" * 60] * 20 + [str(number)], OSError(errno.EACCES, "no"))
+    assert listing.told().endswith(" and 980 more")
+    assert len(ftp_server.encode({"ok": True, "left_out": listing.told()})) < ftp_server.HEADER_LIMIT - 1000
+
+
+@linux
+@in_all_modes_at_once
+def test_get_goes_on_by_reading_where_sendfile_does_not(mode, folder):
+    faults, data = Faults(folder), content(3 * MIB)
+    with serve(mode, folder, patch=STAMPS["by its stamps"] % "server", faults=faults) as server, server.peer() as peer:
+        server.serves("x", data)
+        for call in (1, 2):
+            faults.arm("raise", ["sendfile"], at=call, last=99, error=errno.EINVAL)
+            assert peer.get("x", verify=False)[1] == data and (faults.struck() or call > 1)
+        assert peer.hello()["ok"]
+
+
+@linux
+@in_all_modes_at_once
+def test_put_without_a_hash_does_without_a_pipe(mode, folder):
+    patch, data = "import os\ndef pipe(): raise OSError(24, 'Too many open files')\nos.pipe = pipe", content(3 * MIB)
+    with serve(mode, folder, patch=patch) as server, server.peer() as peer:
+        assert peer.put("x", data, verify=False)["ok"] and server.stored("x") == data
+
+
 @pytest.mark.parametrize("count", [2, 25])
 def test_what_get_r_must_leave_out_is_told_on_both_sides(server, work, count):
     top = unique()
@@ -1401,6 +1429,8 @@ def test_partials_are_neither_listed_nor_served_where_both_folders_are_one(mode,
         with server.peer() as peer, server.begin_upload("half", data, 3000, id=upload_id()):
             assert peer.put("whole", data)["ok"]
             assert set(peer.ls(recursive=True)) == {"whole"}
+            answer = peer.ask({"cmd": "ls", "path": "", "recursive": True})
+            assert "left_out" not in answer and peer.read(answer["size"])
             hidden = list(server.partials())[0]
             assert peer.get("whole")[1] == data
             assert peer.get(".partial/" + hidden)[0]["code"] == "bad-name"
@@ -2483,6 +2513,18 @@ def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(server
     assert server.stored(name) == data
 
 
+def test_answer_that_is_under_way_comes_before_the_word_of_a_takeover():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        wire = ftp_server.Wire(ours, PATIENCE)
+        wire.cut = refusal = ftp_server.Refusal("busy", "a newer session took over", closes=True)
+        assert list(wire.send_now(b"answer").__await__()) and theirs.recv(100) == b"answer"
+        with pytest.raises(ftp_server.Refusal) as raised:
+            list(wire.fill().__await__())
+        assert raised.value is refusal and wire.cut is None  # so it can be sent, and the client has time to read it
+
+
 @linux
 @posix
 @in_all_modes_at_once
@@ -2862,6 +2904,48 @@ def test_client_that_reads_nothing_gets_no_error_in_the_middle_of_an_answer(mode
         peer.send(wire({"cmd": "get", "name": "x"}) * 40)
         wait_for(lambda: "has read nothing" in server.log())
         assert b'"code"' not in peer.rest()
+
+
+def test_job_waits_for_a_thread_that_is_there_if_no_more_can_be_had(monkeypatch):
+    workers, threads, gate, done = ftp_server.Workers(), [], threading.Event(), threading.Event()
+
+    def job(wait):
+        threads.append(threading.get_ident())
+        wait()
+
+    workers.submit(job, gate.wait)
+    wait_for(lambda: threads)
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("no more")))
+    workers.submit(job, done.set)
+    assert len(threads) == 1  # nor does the caller do it
+    gate.set()
+    assert done.wait(PATIENCE) and len(set(threads)) == 1
+    wait_for(lambda: workers.idle == 1)
+    workers.submit(job, lambda: None)  # for which there is one that is idle
+    wait_for(lambda: len(threads) == 3)
+    assert threading.Thread.start.call_count == 1
+    alone = ftp_server.Workers()
+    alone.submit(job, lambda: None)
+    assert threads[-1] == threading.get_ident()
+
+
+def test_thread_keeps_its_turn_until_somebody_waits_for_it():
+    turns, other = ftp_server.Turns(1, 60), mock.Mock()
+    handler = ftp_server.FtpHandler.__new__(ftp_server.FtpHandler)
+    handler.server, handler.gate = types.SimpleNamespace(turns={"kind": turns}), threading.Lock()
+    steps = iter(["kind", "kind", "another", "kind", "kind"])
+    session = mock.Mock(send=lambda _: next(steps))
+    assert handler.in_turn(session, "kind") == "another" and not turns.begun
+    session.send = lambda _: (turns.take(other), next(steps))[1]
+    assert handler.in_turn(session, "kind") == "kind" and list(turns.begun) == [other] and other.release.called
+
+
+def test_session_has_the_smaller_a_share_of_time_the_more_there_are(tmp_path):
+    service = ftp_server.Service("selectors", None, 60, 1000)
+    os.close(service.reserve)
+    for count, seconds in ((0, ftp_server.RUN_TIME), (1, ftp_server.RUN_TIME), (1000, ftp_server.ROUND / 1000)):
+        service.sessions = set(range(count))
+        assert service.run_time() == seconds
 
 
 def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted():
@@ -5041,6 +5125,17 @@ def test_typed_line_that_is_no_text_spoils_no_other(lone, work):
 
 
 @linux
+def test_small_file_that_has_become_huge_is_not_taken_into_memory(work):
+    fill(work, {"x": b"x"})
+    put = ftp_client.Put(mock.Mock(), str(work / "x"), "x")
+    put.size = GIB
+    file = mock.Mock()
+    file.read.return_value = bytes(10)
+    with pytest.raises(ftp_client.Failed, match="changed"):
+        put.send_at_once(file)
+    assert file.read.call_args[0][0] <= ftp_client.SMALL + 1
+
+
 @cases("error, code", {"no sendfile there": (errno.EINVAL, 0), "read error": (errno.EIO, 1)})
 def test_sendfile_that_fails_is_made_up_for_or_told(lone, work, tmp_path, error, code):
     faults, files = Faults(tmp_path), {"a": content(MIB), "b": content(300000)}
