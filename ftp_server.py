@@ -90,7 +90,7 @@ PARSES = "parses"          # the same for a long header
 SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time. For the loop it BLOCKS
 RUNS = "runs"              # the same for all else that a thread does when its socket is ready
 FEW = max(2, os.cpu_count() or 1)       # hundreds that want the interpreter at once keep others from it, and new ones above all
-AT_ONCE = {BLOCKS: 64, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: FEW}    # sessions that may do so at the same time
+AT_ONCE = {BLOCKS: 64, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}    # sessions that may do so at the same time
 STUCK = 0.5                # seconds after which a session still at work isn't counted among them, for BLOCKS a TICK
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
@@ -1828,6 +1828,10 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
 
     def service_actions(self):
         super().service_actions()
+        self.relieve()
+
+    def relieve(self):
+        """Let others go instead of threads that stand still."""
         for turns in self.turns.values():
             for gate in turns.relieve():
                 gate.release()
@@ -1848,7 +1852,10 @@ class ThreadFtpServer(Stoppable, socketserver.ThreadingTCPServer):
         give_up = time.monotonic() + STOP_TIME
         all_end = self.service.cut_all(give_up)
         with self.service.left:
-            return self.service.left.wait_for(lambda: not self.service.sessions, give_up - time.monotonic()) and all_end
+            while self.service.sessions and time.monotonic() < give_up:
+                self.relieve()
+                self.service.left.wait(TICK)
+            return all_end and not self.service.sessions
 
 
 class DiscoveryHandler(socketserver.BaseRequestHandler):

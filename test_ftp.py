@@ -3197,6 +3197,20 @@ def test_crowd_that_comes_at_once_keeps_nobody_else_out(mode, tmp_path, crowd_re
 
 
 @posix
+@in_all_modes_at_once
+def test_stop_ends_a_session_in_line_behind_one_whose_disk_hangs(mode, folder):
+    faults, patch = Faults(folder), "import ftp_server; ftp_server.AT_ONCE[ftp_server.BLOCKS] = 1"
+    with serve(mode, folder, patch=patch, faults=faults) as server, server.peer() as peer:
+        with server.begin_upload("half", content(1000), 600, id=upload_id()):
+            faults.arm("hold", ["fsync"])
+            peer.send(put_header("whole", b"x"), b"x", {"sha256": None})
+            wait_for(faults.struck)
+            server.stop()
+        assert re.search("put half 600 bytes .* failed: the server stops", server.log())
+        faults.disarm()
+
+
+@posix
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 @in_all_modes_at_once
 def test_stop_cuts_what_is_under_way_and_it_can_be_resumed(mode, folder, how):
