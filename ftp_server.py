@@ -1170,7 +1170,10 @@ class Session:
             if self.payload is not None and not await self.skip_payload():
                 return False
             self.payload, self.answering, self.doing, self.told = None, False, "request", False
+            if not self.wire.ahead:
+                self.service.asking.discard(self)
             first = await self.wire.peek()
+            self.service.asking.add(self)
             self.framed = first == b"{" or self.framed and first not in (b"p", b"g")
             if self.full:
                 text = "%d clients are served already: try again later" % self.service.max_clients
@@ -1555,7 +1558,8 @@ class Service:
         self.mode, self.storage, self.timeout, self.max_clients = mode, storage, timeout, max_clients
         self.stopping = False
         self.sessions, self.served = set(), 0       # served: how many of them are not one too many (Session.full)
-        self.senders = set()                        # sessions that send much just now
+        self.asking = set()                         # sessions that don't wait for a request
+        self.senders = set()                        # those of them that send a file just now
         self.left = threading.Condition()           # guards sessions; notified when the last one ends
         self.room = room_for_clients()
         self.reserve = os.open(os.devnull, os.O_RDONLY)
@@ -1573,13 +1577,14 @@ class Service:
     def farewell(self, session):
         with self.left:
             self.sessions.discard(session)
+            self.asking.discard(session)
             self.served -= not session.full
             if not self.sessions:
                 self.left.notify_all()
 
     def run_time(self):
         """Seconds for which one session may answer what its client has sent already."""
-        return min(RUN_TIME, ROUND / max(1, len(self.sessions)))
+        return min(RUN_TIME, ROUND / max(1, len(self.asking)))
 
     def slice(self):
         """Bytes that one of the senders may send at a time: small slices of many keep nobody waiting."""

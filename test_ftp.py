@@ -2944,8 +2944,26 @@ def test_session_has_the_smaller_a_share_of_time_the_more_there_are(tmp_path):
     service = ftp_server.Service("selectors", None, 60, 1000)
     os.close(service.reserve)
     for count, seconds in ((0, ftp_server.RUN_TIME), (1, ftp_server.RUN_TIME), (1000, ftp_server.ROUND / 1000)):
-        service.sessions = set(range(count))
+        service.asking = set(range(count))
         assert service.run_time() == seconds
+
+
+@pytest.mark.parametrize("more, asks", [(b"", False), (b"{", True)], ids=["all is answered", "more is here"])
+def test_session_that_waits_for_a_request_has_no_share(more, asks):
+    service = ftp_server.Service("selectors", mock.Mock(max_size=None), 60, 1000)
+    os.close(service.reserve)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        session = service.welcome(ours, ("127.0.0.1", 1))
+        steps = session.run()
+        steps.send(None)
+        theirs.sendall(wire({"cmd": "hello"}) + more)
+        while not select.select([theirs], [], [], 0)[0]:
+            assert steps.send(None)
+        assert steps.send(None)[1] == ftp_server.READ and service.asking == ({session} if asks else set())
+        service.farewell(session)
+        steps.close()
+        assert not service.asking
 
 
 def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted():
