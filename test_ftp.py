@@ -5737,9 +5737,9 @@ def test_server_that_takes_little_at_a_time_is_not_given_up(work):
         peer.send({"ok": True, "offset": 0, "sha256": sha(b"")})
 
     def put(peer, header):
-        for _ in range(60):
+        for _ in range(120):
             got.append(peer.read(4 * KIB))
-            time.sleep(0.1)
+            time.sleep(0.05)
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
         got.append(peer.read(len(data) - len(b"".join(got))))
         peer.line()
