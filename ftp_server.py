@@ -90,8 +90,9 @@ PARSES = "parses"          # the same for a long header
 SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time. For the loop it BLOCKS
 RUNS = "runs"              # the same for all else that a thread does when its socket is ready
 FEW = max(2, os.cpu_count() or 1)       # hundreds that want the interpreter at once keep others from it, and new ones above all
-AT_ONCE = {BLOCKS: 64, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}    # sessions that may do so at the same time
-STUCK = 0.5                # seconds after which a session still at work isn't counted among them, for BLOCKS a TICK
+MOST = 64                  # the same where disks may hang
+AT_ONCE = {BLOCKS: MOST, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}    # sessions that may do so at the same time
+STUCK = 0.5                # seconds after which a session still at work isn't counted among them; for BLOCKS and LISTS a TICK
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
 ACCEPTS = 32               # connections that are accepted before the clients already here have their turn
@@ -1704,17 +1705,20 @@ def wait_for(sock, events, seconds):
 
 class Turns:
     """A semaphore: only so many do some kind of work at a time, the others wait in line. Whoever stands still, as for
-    a disk that hangs, is counted for about so many seconds only: then another one may go instead."""
+    a disk that hangs, is counted for about so many seconds only; then others may go instead, and for a while more of
+    them at a time, as they may hang too."""
 
     def __init__(self, limit, seconds):
-        self.lock, self.limit, self.seconds = threading.Lock(), limit, seconds
+        self.lock, self.seconds = threading.Lock(), seconds
+        self.limit = self.least = limit
+        self.late = -math.inf       # time.monotonic() when somebody was last seen to stand still
         self.begun, self.line = {}, collections.deque()     # who: when; only of those that count
 
     def take(self, who):
         """Return True if who may go at once; else it waits in line until end() or relieve() returns it."""
         with self.lock:
             self.line.append(who)
-            if len(self.begun) == self.limit:
+            if len(self.begun) >= self.limit:
                 return False
             self.begin()                    # nobody else is in line then
             return True
@@ -1730,10 +1734,10 @@ class Turns:
     def end(self, who):
         """End the turn of who, and return the one who goes next, or None."""
         with self.lock:                     # one that stood still was counted out: another one went instead
-            return self.begin() if self.begun.pop(who, None) is not None else None
+            return self.begin() if self.begun.pop(who, None) is not None and len(self.begun) < self.limit else None
 
     def relieve(self):
-        """Return those who may go instead of as many that stand still. It must be called again and again."""
+        """Return those who may go instead of some that stand still. It must be called again and again."""
         if not self.line:
             return []
         now = time.monotonic()
@@ -1741,12 +1745,16 @@ class Turns:
             late = [who for who, start in self.begun.items() if now - start > self.seconds][:len(self.line)]
             for who in late:
                 del self.begun[who]
-            return [self.begin() for _ in late]
+            if late:
+                self.late, self.limit = now, min(2 * self.limit, max(MOST, self.least))
+            elif now - self.late > STUCK:
+                self.limit = self.least
+            return [self.begin() for _ in range(min(self.limit - len(self.begun), len(self.line)))]
 
 
 def make_turns():
     """The Turns for each kind of work."""
-    return {kind: Turns(limit, TICK if kind == BLOCKS else STUCK) for kind, limit in AT_ONCE.items()}
+    return {kind: Turns(limit, TICK if kind in (BLOCKS, LISTS) else STUCK) for kind, limit in AT_ONCE.items()}
 
 
 class FtpHandler(socketserver.BaseRequestHandler):
@@ -1764,6 +1772,7 @@ class FtpHandler(socketserver.BaseRequestHandler):
                     if wait in AT_ONCE:
                         wait = self.in_turn(steps, wait)
                     elif wait_for(*wait[:3]):
+                        service.asking.add(session)         # while it is in line, too
                         wait = wait[3] or RUNS
                     else:
                         wait = steps.throw(socket.timeout())

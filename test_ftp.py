@@ -2972,9 +2972,21 @@ def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted():
     assert turns.end("a") == "c" and turns.relieve() == []
     turns.seconds = -1
     assert turns.relieve() == ["d"]  # instead of b, the oldest: nobody else is in line
-    assert not turns.take("e") and turns.end("b") is None  # another went instead of b already
-    assert [turns.end(who) for who in "cde"] == ["e", None, None]
-    assert turns.take("f")
+    turns.seconds = 60
+    assert [turns.take(who) for who in "efg"] == [True, True, False]  # twice as many for a while: who goes instead may hang too
+    assert turns.end("b") is None  # another went instead of b already
+    turns.late -= 60
+    assert turns.relieve() == [] and turns.limit == 2
+    assert [turns.end(who) for who in "cdef"] == [None, None, "g", None] and turns.end("g") is None
+    assert turns.take("h")
+
+
+def test_ever_more_may_go_where_all_stand_still():
+    turns = ftp_server.Turns(2, -1)
+    for who in range(1000):
+        turns.take(who)
+    counts = [len(turns.relieve()) for _ in range(7)]
+    assert counts == [4, 8, 16, 32, 64, 64, 64] and ftp_server.MOST == 64
 
 
 @in_all_modes_at_once
