@@ -92,7 +92,7 @@ RUNS = "runs"              # the same for all else that a thread does when its s
 FEW = max(2, os.cpu_count() or 1)       # hundreds that want the interpreter at once keep others from it, and new ones above all
 MOST = 64                  # the same where disks may hang
 AT_ONCE = {BLOCKS: MOST, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}    # sessions that may do so at the same time
-STUCK = 0.5                # seconds after which a session still at work isn't counted among them; for BLOCKS and LISTS a TICK
+STUCK = 0.5                # seconds after which a session still at work isn't counted among them, as its disk may hang; see make_turns()
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
 ACCEPTS = 32               # connections that are accepted before the clients already here have their turn
@@ -1754,7 +1754,8 @@ class Turns:
 
 def make_turns():
     """The Turns for each kind of work."""
-    return {kind: Turns(limit, TICK if kind in (BLOCKS, LISTS) else STUCK) for kind, limit in AT_ONCE.items()}
+    seconds = {BLOCKS: TICK, LISTS: STUCK / 2}         # no disk of a listing may keep others waiting for long
+    return {kind: Turns(limit, seconds.get(kind, STUCK)) for kind, limit in AT_ONCE.items()}
 
 
 class FtpHandler(socketserver.BaseRequestHandler):

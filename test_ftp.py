@@ -3184,11 +3184,11 @@ def test_slices_are_the_smaller_the_more_clients_are_sent_something(tmp_path):
         assert service.slice() == size
 
 
-CROWD_OF_300 = """
+CROWD = """
 import selectors, socket, sys  # a process of its own: the test's shall measure nothing but the server
 selector, buffer = selectors.DefaultSelector(), bytearray(1 << 18)
-port, line, ahead = int(sys.argv[1]), sys.argv[2].encode() + b"\\n", sys.argv[3:] == ["ahead"]
-for _ in range(300):
+port, count, line, ahead = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode() + b"\\n", sys.argv[4:] == ["ahead"]
+for _ in range(count):
     sock = socket.create_connection(("127.0.0.1", port))
     sock.sendall(line)
     sock.setblocking(False)
@@ -3204,13 +3204,13 @@ while True:
 
 
 @posix
-@cases("crowd_request", {"fetches": ['{"cmd": "get", "name": "big", "verify": false}'], "asks": ['{"cmd": "hello"}', "ahead"],
-                   "lists": ['{"cmd": "ls", "path": "many"}', "ahead"]})
-def test_crowd_that_comes_at_once_keeps_nobody_else_out(mode, tmp_path, crowd_request):
+@cases("what", {"fetches": ["300", '{"cmd": "get", "name": "big", "verify": false}'],
+                "asks": ["100", '{"cmd": "hello"}', "ahead"], "lists": ["100", '{"cmd": "ls", "path": "many"}', "ahead"]})
+def test_crowd_that_comes_at_once_keeps_nobody_else_out(mode, tmp_path, what):
     with serve(mode, tmp_path, "-q") as server:
         sparse(os.path.join(server.download, "big"), 1024 * MIB)
         fill(server.download, {"many/%d" % number: b"" for number in range(99)})
-        command = [sys.executable, "-c", CROWD_OF_300, str(server.port)] + crowd_request
+        command = [sys.executable, "-c", CROWD, str(server.port)] + what
         with subprocess.Popen(command, stdout=subprocess.PIPE) as crowd:
             try:
                 assert crowd.stdout.readline()
