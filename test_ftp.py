@@ -2901,10 +2901,10 @@ def test_what_begins_while_the_server_stops_is_not_done(mode, folder):
 def test_client_that_reads_nothing_gets_no_error_in_the_middle_of_an_answer(mode, folder):
     with serve(mode, folder, "--timeout", "2") as server:
         server.serves("x", content(200000))
-        peer = server.slow_peer()
-        peer.send(wire({"cmd": "get", "name": "x"}) * 40)
-        wait_for(lambda: "has read nothing" in server.log())
-        assert b'"code"' not in peer.rest()
+        with server.slow_peer() as peer:
+            peer.send(wire({"cmd": "get", "name": "x"}) * 40)
+            wait_for(lambda: "has read nothing" in server.log())
+            assert b'"code"' not in peer.rest()
 
 
 def test_job_waits_for_a_thread_that_is_there_if_no_more_can_be_had(monkeypatch):
