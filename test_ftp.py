@@ -2697,13 +2697,18 @@ def test_clients_that_put_one_file_at_once_store_it_once(server):
 
 
 def list_for(server, seconds):
-    """List again and again while a slow thing is under way; no listing takes more than a second."""
-    end = time.monotonic() + seconds
+    """List again and again while a slow thing is under way; no three listings in succession take more than a second each.
+
+    One or two may: where the machine holds up the server or this process, it is not the slow thing that they waited for.
+    """
+    end, late = time.monotonic() + seconds, 0
     with server.peer() as peer:
-        while time.monotonic() < end:
+        while late or time.monotonic() < end:
             start = time.monotonic()
             peer.ls()
-            assert time.monotonic() - start < 1
+            took = time.monotonic() - start
+            late = late + 1 if took >= 1 else 0
+            assert late < 3 and took < 5
 
 
 @posix
