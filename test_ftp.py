@@ -678,13 +678,16 @@ class Server:
         wait_for(lambda: self.new_partials(before) == [count])
 
     def stop(self, how=signal.SIGTERM):
-        """Ask the server to stop: it exits with 0 within two seconds and its log is clean."""
+        """Ask the server to stop: it exits with 0 after STOP_TIME at the latest, and its log is clean.
+
+        It is a long way from there to the limit, for a busy machine, and as long to a stop that waits for a disk or a hash.
+        """
         if not self.stopped:
             assert self.process.poll() is None, "the server has died: " + self.log()
             start = time.monotonic()
             self.process.send_signal(how)
             code = self.process.wait(PATIENCE)
-            assert time.monotonic() - start < 2, "the server took its time to stop"
+            assert time.monotonic() - start < ftp_server.STOP_TIME + 3, "the server took its time to stop"
             assert code == 0 or os.name != "posix", self.log()
             self.stopped = True
         self.check_log()
@@ -3007,7 +3010,7 @@ def test_hashes_of_huge_prefixes_make_nobody_else_wait(mode, folder):
         peer.sock.settimeout(0.01)
         with pytest.raises(socket.timeout):
             peer.sock.recv(1)  # it is at it still: this was not a quick hash
-        # ... and the server stops within two seconds all the same
+        # ... and the server stops in time all the same
 
 
 @cases("header", {
@@ -4302,7 +4305,7 @@ def test_each_script_runs_alone_with_the_bare_interpreter(mode, folder):
         assert (there / "upload" / "up.txt").read_bytes() == b"up"
         assert (here / "down.txt").read_bytes() == b"down"
         process.terminate()
-        assert process.wait(2) == 0 or os.name != "posix"
+        assert process.wait(ftp_server.STOP_TIME + 3) == 0 or os.name != "posix"
     finally:
         process.kill()
         process.wait(PATIENCE)
