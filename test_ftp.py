@@ -2375,16 +2375,16 @@ def test_folder_swapped_for_a_link_meanwhile_leads_nowhere(mode, folder):
 @early
 @in_all_modes_at_once
 def test_silent_peers_are_dropped(mode, folder):
-    with serve(mode, folder, "--timeout", "1") as server:
+    with serve(mode, folder, "--timeout", "2.5") as server:
 
         def dropped(*parts, told=True, settle=lambda peer: None):
-            """Send parts and then nothing; the server ends it after a second, and says why where it can."""
+            """Send parts and then nothing; the server ends it after its time limit, and says why where it can."""
             start = time.monotonic()
             with server.peer() as peer:
                 peer.send(*parts)
                 settle(peer)
                 answer = peer.rest()
-                assert 0.5 < time.monotonic() - start < 4
+                assert 2 < time.monotonic() - start < 7
                 assert not told or json.loads(answer.decode("utf-8"))["code"] == "timeout"
 
         data = b"x" * 1000
@@ -2424,9 +2424,9 @@ def test_header_must_be_complete_in_time_however_busy_the_peer(mode, folder):
             with server.peer() as peer:
                 begin = time.monotonic()
                 peer.send(start)
-                while not select.select([peer.sock], [], [], 0.1)[0] and time.monotonic() - begin < 5:
+                while not select.select([peer.sock], [], [], 0.1)[0] and time.monotonic() - begin < 10:
                     peer.send("x")
-                assert 0.5 < time.monotonic() - begin < 3
+                assert 0.5 < time.monotonic() - begin < 6
                 assert not says_ok(peer.rest())
 
         at_once(lambda: drip('{"cmd":"'), lambda: drip("get|"))
@@ -2435,31 +2435,32 @@ def test_header_must_be_complete_in_time_however_busy_the_peer(mode, folder):
 @early
 @in_all_modes_at_once
 def test_slow_but_steady_peer_is_never_cut(mode, folder):
-    with serve(mode, folder, "--timeout", "1") as server:
+    """Each takes far longer than the server's time limit, and between two of its bytes a busy machine may stand still for seconds."""
+    with serve(mode, folder, "--timeout", "4") as server:
         data = content(6 * MIB)
         server.serves("slow", data)
 
         def put_slowly():
             with server.peer() as peer:
                 peer.send(put_header("x", data[:12]))
-                peer.dribble(data[:12], 0.2)
+                peer.dribble(data[:12], 0.6)
                 assert peer.ask({"sha256": sha(data[:12])})["ok"]
 
         def put_slowly_classic():
             with server.peer() as peer:
                 peer.send("put|y|12")
                 assert peer.read(2) == b"OK"
-                peer.dribble(data[:12], 0.2)
+                peer.dribble(data[:12], 0.6)
             wait_for(lambda: server.stored("y") == data[:12])
 
         def get_slowly(piece):
-            """Take a piece every 0.1 s for a while, then the rest."""
+            """Take a piece every 0.3 s for a while, then the rest."""
             with server.slow_peer(2 * piece) as peer:
                 assert peer.ask({"cmd": "get", "name": "slow"})["size"] == len(data)
                 taken = b""
                 for _ in range(25):
                     taken += peer.read(piece)
-                    time.sleep(0.1)
+                    time.sleep(0.3)
                 assert taken + peer.read(len(data) - len(taken)) == data
                 assert peer.line()["sha256"] == sha(data)
 
