@@ -2795,7 +2795,7 @@ import itertools, os, threading, time
 opened, calls, begun = os.open, itertools.count(), threading.Thread.start
 def wait_and_open(path, *args, **more):
     if os.path.basename(os.fsencode(path)) == b"x":
-        time.sleep(3 if next(calls) else 0.1)
+        time.sleep(60 if next(calls) else 0.1)
     return opened(path, *args, **more)
 os.open = wait_and_open
 threading.Thread.start = lambda self: (time.sleep(0.002), begun(self))[1]  # so that many take a while
@@ -2807,7 +2807,7 @@ threading.Thread.start = lambda self: (time.sleep(0.002), begun(self))[1]  # so 
 def test_disk_that_is_slow_for_one_and_hangs_for_all_others_that_ask_at_once_lets_the_one_go(mode, folder):
     with serve(mode, folder, patch=ONE_SLOW_FILE) as server, contextlib.ExitStack() as stack:
         server.serves("x", b"123")
-        assert len(answered(get_together(server, stack, 100), 2)) == 1
+        assert len(answered(get_together(server, stack, 100), PATIENCE)) == 1
 
 
 @posix
