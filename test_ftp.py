@@ -2599,8 +2599,8 @@ ftp_server.WAKE, socket.socket.shutdown = 0.1, lambda self, how: None
 
 @in_all_modes_at_once
 def test_client_that_comes_back_takes_over_though_its_partial_is_being_hashed(mode, folder):
-    patch, identity = "import ftp_server; ftp_server.TAKEOVER_TIME = 1", upload_id()
-    with serve(mode, folder, patch=patch) as server, server.peer() as older, server.peer() as newer:
+    identity = upload_id()
+    with serve(mode, folder) as server, server.peer() as older, server.peer() as newer:
         server.cut_upload("x", content(1000), 600, id=identity)
         path = os.path.join(server.upload, ".partial", identity)
         sparse(path, 1 << 36)  # hashing that takes half a minute at least
@@ -2626,9 +2626,10 @@ def test_upload_under_way_in_another_server_is_busy(mode, folder):
         assert two.uploads() == {"x": data, "other": data}
 
 
+@early
 @in_all_modes_at_once
 def test_more_than_max_clients_are_told_busy(mode, folder):
-    with serve(mode, folder, "--max-clients", "2", patch="import ftp_server; ftp_server.HEADER_TIME = 1") as server:
+    with serve(mode, folder, "--max-clients", "2", patch="import ftp_server; ftp_server.HEADER_TIME = 3") as server:
         with server.peer() as one, server.peer() as two:
             assert one.hello()["ok"] and two.hello()["ok"]
             with server.peer() as framed, server.peer() as classic:
