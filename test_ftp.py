@@ -3268,7 +3268,9 @@ def test_stop_cuts_what_is_under_way_and_it_can_be_resumed(mode, folder, how):
         peers[0].hello()
         peers[1].send(b'{"cmd":')
         peers[2].send({"cmd": "get", "name": "big"})
+        assert peers[2].line()["ok"]
         peers[3].send("get|big|0")
+        assert peers[3].read(3) == b"YES"
         peers[4].send("put|classic|1000")
         peers[5].send({"cmd": "get", "name": "big", "offset": 16 * GIB, "sha256": sha(b"")})
         stack.enter_context(server.begin_upload("x", data, 3 * MIB, id=identity))
