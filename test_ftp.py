@@ -3498,10 +3498,11 @@ def test_classic_dialect_moves_files_that_were_written_a_moment_ago(mode, folder
         wait_for(lambda: server.uploads() == files)
 
 
+@early
 @in_all_modes_at_once
 def test_classic_request_is_complete_when_nothing_more_arrives_for_20_ms(mode, folder):
     assert ftp_server.QUIET_TIME == ftp_client.QUIET_TIME == 0.02  # seconds: too short for a test that shares its processor
-    with serve(mode, folder, patch="import ftp_server; ftp_server.QUIET_TIME = 1") as server, server.peer() as peer:
+    with serve(mode, folder, patch="import ftp_server; ftp_server.QUIET_TIME = 3") as server, server.peer() as peer:
         peer.send("put|x|1")
         time.sleep(0.2)
         peer.send("2")
@@ -3512,15 +3513,15 @@ def test_classic_request_is_complete_when_nothing_more_arrives_for_20_ms(mode, f
 
 def test_classic_request_may_come_a_byte_at_a_time(server, peer):
     name = unique()
-    peer.dribble("put|%s|12" % name)
+    peer.dribble("put|%s|9" % name)  # one digit: the first of two would be a size, too, if the other is late
     assert peer.read(2) == b"OK"
-    peer.dribble("twelve bytes")
-    wait_for(lambda: server.stored(name) == b"twelve bytes")
-    server.serves(name, b"twelve bytes")
+    peer.dribble("not eight")
+    wait_for(lambda: server.stored(name) == b"not eight")
+    server.serves(name, b"not eight")
     peer.dribble("get|%s|0" % name)
-    assert peer.read(6) == b"YES|12"
+    assert peer.read(5) == b"YES|9"
     peer.dribble("second_active")
-    assert peer.read(12) == b"twelve bytes"
+    assert peer.read(9) == b"not eight"
 
 
 def test_both_dialects_may_be_spoken_on_one_connection(server, peer):
@@ -3585,12 +3586,12 @@ def test_bad_classic_request_is_refused(server, peer, request_text):
 @early
 @in_all_modes_at_once
 def test_second_word_of_a_classic_get_must_be_complete_in_time(mode, folder):
-    with serve(mode, folder, patch="import ftp_server; ftp_server.HEADER_TIME = 0.5") as server, server.peer() as peer:
+    with serve(mode, folder, patch="import ftp_server; ftp_server.HEADER_TIME = 2") as server, server.peer() as peer:
         server.serves("x", b"content")
         peer.send("get|x|0")
         assert peer.read(5) == b"YES|7"
         with contextlib.suppress(ConnectionError):
-            peer.dribble("second_active", 0.2)
+            peer.dribble("second_active", 0.5)
         assert peer.rest() == b""
 
 
@@ -5844,6 +5845,7 @@ def test_classic_server_that_has_the_file_no_more_is_not_waited_for(work):
     assert done.code == 1 and done.err.endswith("x: the server has no such file\n")
 
 
+@early
 def test_classic_answer_in_pieces_is_one_answer(work):
     with listen() as listener, ThreadPoolExecutor(1) as pool:
         def talk():
@@ -5853,7 +5855,7 @@ def test_classic_answer_in_pieces_is_one_answer(work):
                 assert peer.read(13) == b"second_active"
                 peer.send(b"1234567890")
         talking = pool.submit(talk)
-        done = client(listener.getsockname()[1], "--classic", "get", "x", cwd=work, patch="import ftp_client; ftp_client.QUIET_TIME = 1")
+        done = client(listener.getsockname()[1], "--classic", "get", "x", cwd=work, patch="import ftp_client; ftp_client.QUIET_TIME = 3")
         talking.result(PATIENCE)
     assert done.code == 0 and tree(work) == {"x": b"1234567890"}
 
@@ -5869,10 +5871,11 @@ def test_connection_that_the_server_has_ended_while_idle_is_made_again_without_a
 @pytest.mark.parametrize("answer, pause, options, told", [
     (b"NO|1", 0, [], ["<- NO|1", "x: the server answered nonsense"]),
     (b"\x1b", 0, [], ["<- \\x1b", "x: the server answered nonsense"]),
-    (b"YE", 0.8, [], ["<- YE", "x: the server answered nonsense"]),
-    (b"YE", 0, ["--timeout", "0.3"], ["<- YE", "x: the server answered nonsense"]),
+    (b"YE", 0.1, [], ["<- YE", "x: the server answered nonsense"]),
+    (b"YE", 0, ["--timeout", "3"], ["<- YE", "x: the server answered nonsense"]),
     (b"", 0, [], ["x: the server hung up: that is a no, or it is no ftp_server.py"]),
 ], ids=["none", "no text", "never whole", "silent", "no answer"])
+@early
 def test_classic_answer_that_is_none_is_told_at_once(work, answer, pause, options, told):
     with listen() as listener, ThreadPoolExecutor(1) as pool:
         def talk():
@@ -5882,7 +5885,7 @@ def test_classic_answer_that_is_none_is_told_at_once(work, answer, pause, option
                 assert not answer or peer.closed()
         talking = pool.submit(talk)
         done = client(listener.getsockname()[1], "--classic", "--explain", "get", "x", *options, cwd=work,
-                      patch="import ftp_client; ftp_client.HEADER_TIME = 1")
+                      patch="import ftp_client; ftp_client.HEADER_TIME = %d" % (60 if options else 3))
         talking.result(PATIENCE)
     assert done.code == 1 and done.err.splitlines() == ["-> get|x|0"] + told
 
