@@ -3689,8 +3689,8 @@ def test_datagrams_that_ask_for_nothing_get_nothing(server):
 @in_all_modes_at_once
 def test_at_most_fifty_answers_go_out_in_a_second(mode, folder):
     with serve(mode, folder) as server, datagrams(server) as sock:
-        discover(server)
         start, count = time.monotonic(), 1
+        discover(server)
         for _ in range(40):
             for _ in range(5):
                 sock.send(DISCOVER)
@@ -3738,21 +3738,24 @@ def test_datagram_is_no_traceback_when_there_is_no_thread_to_be_had(mode, folder
         assert discover(server) and server.alive()
 
 
-def find(port, folder, *more):
+def find(port, folder, *more, seconds=0.3):
     assert ftp_client.FIND_TIME == 1  # seconds
-    patch = "import ftp_client; ftp_client.FIND_TIME = 0.3"
+    patch = "import ftp_client; ftp_client.FIND_TIME = %s" % seconds
     return run(launch(CLIENT, patch) + ["--find", "127.0.0.1", str(port)] + list(more), folder)
 
 
-def test_find_prints_a_command_that_works(server, mode, work):
-    discover(server)
-    done = find(server.port, work)
-    assert done.code == 0 and done.err == ""
-    line, = done.out.splitlines()
-    assert mode in line and socket.gethostname()[:20] in line
-    command = re.search(r"python ftp_client\.py (\S+) (\d+)$", line)
-    done = run(PYTHON + [CLIENT] + list(command.groups()) + ["ls"], work)
-    assert done.code == 0, done
+@early
+@in_all_modes_at_once
+def test_find_prints_a_command_that_works(mode, folder):
+    with serve(mode, folder) as server:
+        discover(server)
+        done = find(server.port, folder, seconds=3)
+        assert done.code == 0 and done.err == ""
+        line, = done.out.splitlines()
+        assert mode in line and socket.gethostname()[:20] in line
+        command = re.search(r"python ftp_client\.py (\S+) (\d+)$", line)
+        done = run(PYTHON + [CLIENT] + list(command.groups()) + ["ls"], folder)
+        assert done.code == 0, done
 
 
 def test_find_without_an_address_asks_the_broadcast_address(work):
@@ -3805,9 +3808,10 @@ def found(**more):
     return dict({"ok": True, "server": "ftp_server", "host": "desk", "port": 8885, "mode": "selectors"}, **more)
 
 
+@early
 def test_find_asks_as_the_protocol_says(work):
     with fake_discovery(found()) as (port, requests):
-        assert find(port, work).code == 0
+        assert find(port, work, seconds=3).code == 0
     request, = requests
     assert len(request) >= 512 and request[request.index(b"}") + 1:].strip() == b""
     assert json.loads(request.decode("ascii")) == {"cmd": "discover"}
@@ -3818,7 +3822,8 @@ def test_ctrl_c_ends_find_with_130():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.settimeout(PATIENCE)
-        command = PYTHON + [CLIENT, "--find", "127.0.0.1", str(sock.getsockname()[1])]
+        command = launch(CLIENT, "import ftp_client; ftp_client.FIND_TIME = %d" % PATIENCE)
+        command += ["--find", "127.0.0.1", str(sock.getsockname()[1])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
             sock.recvfrom(1000)
             process.send_signal(signal.SIGINT)
@@ -3826,12 +3831,13 @@ def test_ctrl_c_ends_find_with_130():
     assert process.returncode == 130 and b"Traceback" not in err
 
 
+@early
 def test_hostile_answers_to_find_are_escaped_and_never_acted_on(work):
     with listen() as trap:
         port = trap.getsockname()[1]
         names = ["\x1b[2J\x07red", "two\nlines\r", "\u202eback", "\udcff\x9b1m", "h" * 5000]
         with fake_discovery(*[found(host=name, mode=name, port=port) for name in names]) as (udp, _):
-            done = find(udp, work)                      # run() looks for raw control characters
+            done = find(udp, work, seconds=3)           # run() looks for raw control characters
         assert done.code == 0 and done.err == ""
         assert len(done.out.splitlines()) == len(names)
         assert "\\x1b[2J" in done.out and "\u202e" not in done.out
@@ -4068,9 +4074,10 @@ def test_explaining_client_shows_the_classic_dialect(server, work):
     assert (messages(done, "->"), messages(done, "<-")) == (["get|nothing|0"], ["NO|0"])
 
 
+@early
 def test_explaining_find_shows_both_datagrams(work):
     with fake_discovery(found(host="\x1b[2J")) as (port, _):
-        done = find(port, work, "--explain")
+        done = find(port, work, "--explain", seconds=3)
     assert messages(done, "->")[0] == {"cmd": "discover"}
     assert messages(done, "<-")[0] == found(host="\x1b[2J")
 
