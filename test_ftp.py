@@ -4971,13 +4971,14 @@ def test_large_file_that_cannot_be_stored_here_is_not_read_to_its_end(work, tmp_
 @early
 @in_all_modes_at_once
 def test_slow_disk_here_does_not_make_the_server_think_that_nobody_is_there(mode, folder):
-    patch = "import os, time; os.fsync = lambda fd: time.sleep(0.006)"
+    patch = "import ftp_client, os, time; ftp_client.WINDOW, os.fsync = 16, lambda fd: time.sleep(0.4)"
     (folder / "work").mkdir()
-    with serve(mode, folder, "--timeout", "2.4") as server:
+    with serve(mode, folder, "--timeout", "5.5") as server:
         os.mkdir(os.path.join(server.download, "d"))
-        fill(os.path.join(server.download, "d"), {"%03d" % number: b"x" for number in range(900)})
+        fill(os.path.join(server.download, "d"), {"%03d" % number: b"x" for number in range(24)})
         done = client(server, "get", "-r", "d", "--retries", "0", cwd=folder / "work", patch=patch)
-        assert done.code == 0 and len(tree(folder / "work" / "d")) == 900
+        assert done.code == 0 and len(tree(folder / "work" / "d")) == 24
+        assert server.log().count(" connected") == 1
 
 
 def test_of_a_file_that_has_grown_only_the_rest_is_fetched(lone, work):
