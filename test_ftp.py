@@ -6435,7 +6435,7 @@ def test_progress_bar_shows_even_a_quick_transfer_to_its_end(lone, work):
 @terminal
 def test_progress_bar_counts_many_files_as_a_whole(lone, work):
     fill(lone.download, {"d/x%d" % number: content(2 * MIB, number) for number in range(4)})
-    with Proxy(lone.port, hold=("down", 7 * MIB), pause=0.05) as proxy, \
+    with Proxy(lone.port, hold=("down", 7 * MIB), pause=0.5) as proxy, \
             Terminal(proxy.port, work, "get", "-r", "d") as term:
         term.wait_for(lambda: re.search(r"\b[89]\d\s*%", term.shown))
         proxy.release()
