@@ -2513,7 +2513,7 @@ def test_client_that_comes_back_takes_over_its_upload(server, peer, resume):
 def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(server, work):
     name, data, before = unique(), content(8 * MIB), set(server.partials())
     fill(work, {name: data})
-    with Proxy(server.port, hold=("up", 2 * MIB), pause=0.02) as line, ThreadPoolExecutor(1) as pool:  # slow, but never silent
+    with Proxy(server.port, hold=("up", 2 * MIB), pause=0.1) as line, ThreadPoolExecutor(1) as pool:  # slow, but never silent
         older = pool.submit(client, line.port, "put", name, cwd=work)
         assert line.held.wait(PATIENCE)
         identity, = set(server.partials()) - before
