@@ -654,6 +654,10 @@ class Target:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise Failed("%s is in the way" % self.partial)
+        if os.name != "nt" and info.st_uid != os.geteuid():
+            there = os.stat(self.folder or ".")
+            if there.st_mode & stat.S_ISVTX and info.st_uid != there.st_uid:    # as /tmp: its owner could change it later
+                raise Failed("%s is another user's" % self.partial)
         return info
 
     def has_name(self, info):
@@ -1014,6 +1018,7 @@ class Get(Job):
                 return
             self.copy_here(offset, digest)
         self.open_at(offset)
+        self.check_room()
         self.receive(digest if self.client.verify else None)
         self.check(digest)
         self.store(mtime)
@@ -1032,6 +1037,13 @@ class Get(Job):
                 write_all(self.target.file, data)
         if hash_file(self.target.file, offset).digest() != digest.digest():
             raise Failed("the file here changed meanwhile: try again")
+
+    def check_room(self):
+        """Raise Failed where the disk can't take what is to come: a partial that fills it would fail the files behind it."""
+        if self.coming > SMALL:
+            import shutil
+            if shutil.disk_usage(self.target.folder or ".").free < self.coming:
+                raise Failed("no room here for %d bytes" % self.size)
 
     def receive(self, digest):
         while self.coming:
@@ -1079,8 +1091,9 @@ class Get(Job):
         link.classic_request("second_active")
         link.flush()
         self.begin("<-", 0)
-        self.open_at(0)
         self.coming = self.size
+        self.open_at(0)
+        self.check_room()
         self.receive(None)
         self.store(None)
 
@@ -1328,7 +1341,8 @@ class FtpClient:
         except BaseException:       # what is left of the answer must not be taken for the next one
             self.close()
             raise
-        return [entry for entry in map(self.entry_of, lines) if entry and (recursive or "/" not in entry["name"])]
+        entries = (self.entry_of(line) for line in lines if line != b"\n")
+        return [entry for entry in entries if entry and (recursive or "/" not in entry["name"])]
 
     def read_listing(self):
         left, left_out = fields(self.link.answer(), "size", "left_out")
@@ -1340,7 +1354,7 @@ class FtpClient:
             listing += self.link.read(left - len(listing))
         if left_out:
             self.left_out.append("left out of the listing: " + left_out)
-        return [line for line in listing.split(b"\n") if line]
+        return io.BytesIO(listing)              # split() would make objects of millions of empty lines at once
 
     def entry_of(self, line):
         """An entry of a listing; None for one that is left out."""
@@ -1353,7 +1367,8 @@ class FtpClient:
             entry["parts"] = split_name(name)
             return entry if entry.get("type") in ("file", "dir") else None
         except Failed as error:
-            self.left_out.append("%s of the listing is left out: %s" % (name, error))
+            if len(self.left_out) < 1000:       # a server that sends more of it has no listing in mind
+                self.left_out.append("%s of the listing is left out: %s" % (name, error))
             return None
 
     def find_remote(self, pattern):
@@ -1628,6 +1643,8 @@ def typed(name):
 def entries_of(client, name, recursive):
     """What a remote name or a pattern stands for: a list of entries with full names."""
     client.create_socket()                          # now we know the dialect
+    if client.classic and not name:
+        raise Failed("the classic dialect can't list")
     if client.classic or name and not (recursive or WILD.search(name)):
         return [{"name": name, "type": "file", "size": 0}]
     if not name and not recursive:

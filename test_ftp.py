@@ -687,7 +687,8 @@ class Server:
             start = time.monotonic()
             self.process.send_signal(how)
             code = self.process.wait(PATIENCE)
-            assert time.monotonic() - start < ftp_server.STOP_TIME + 3, "the server took its time to stop"
+            self.stop_took = time.monotonic() - start
+            assert self.stop_took < ftp_server.STOP_TIME + 3, "the server took its time to stop"
             assert code == 0 or os.name != "posix", self.log()
             self.stopped = True
         self.check_log()
@@ -2510,17 +2511,20 @@ def test_client_that_comes_back_takes_over_its_upload(server, peer, resume):
     assert server.stored(name) == data
 
 
-def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(server, work):
-    name, data, before = unique(), content(8 * MIB), set(server.partials())
-    fill(work, {name: data})
-    with Proxy(server.port, hold=("up", 2 * MIB), pause=0.1) as line, ThreadPoolExecutor(1) as pool:  # slow, but never silent
-        older = pool.submit(client, line.port, "put", name, cwd=work)
+@in_all_modes_at_once
+def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(mode, folder):
+    data, work = content(8 * MIB), folder / "work"
+    fill(work, {"x": data})
+    patch = "import ftp_server; ftp_server.TELL_TIME = ftp_server.TAKEOVER_TIME = 20"     # the line may falter
+    with serve(mode, folder, patch=patch) as server, Proxy(server.port, hold=("up", 2 * MIB), pause=0.1) as line, \
+            ThreadPoolExecutor(1) as pool:
+        older = pool.submit(client, line.port, "put", "x", cwd=work)
         assert line.held.wait(PATIENCE)
-        identity, = set(server.partials()) - before
+        identity, = server.partials()
         with server.peer() as newer:
-            assert newer.put(name, data, id=identity)["ok"]
-        assert older.result() == (1, "", name + ": a newer session took over (busy)\n") and line.connections == 1
-    assert server.stored(name) == data
+            assert newer.put("x", data, id=identity)["ok"]
+        assert older.result() == (1, "", "x: a newer session took over (busy)\n") and line.connections == 1
+        assert server.uploads() == {"x": data}
 
 
 def test_answer_that_is_under_way_comes_before_the_word_of_a_takeover():
@@ -2898,6 +2902,22 @@ def test_server_stops_while_the_disk_hangs(mode, folder, begin):
         faults.arm("hold", ["unlink"])
         server.stop()
         assert faults.struck()
+
+
+@posix
+@early
+@in_all_modes_at_once
+def test_stop_takes_two_seconds_at_most(mode, folder):
+    """One of three does, that is: a busy machine may hold up the others."""
+    def stop(folder):
+        folder.mkdir()
+        faults = Faults(folder)
+        with serve(mode, folder, faults=faults) as server, server.begin_upload("x", content(MIB), 300000):
+            faults.arm("hold", ["unlink"])
+            server.stop()
+            return server.stop_took
+
+    assert min(at_once(*[lambda name=name: stop(folder / name) for name in "abc"])) < 2
 
 
 @posix
@@ -5526,19 +5546,47 @@ def test_file_that_can_not_be_read_to_its_end_spoils_no_other(lone, work, tmp_pa
     assert 6 < number < 59
 
 
+TELL_PEAK = "import atexit\nfrom resource import *\natexit.register(lambda: print(getrusage(RUSAGE_SELF).ru_maxrss))"
+
+
 @linux
 def test_memory_of_the_client_does_not_grow_with_the_file(lone, work):
-    patch = "import atexit\nfrom resource import *\natexit.register(lambda: print(getrusage(RUSAGE_SELF).ru_maxrss))"
     sparse(os.path.join(lone.download, "big"), 128 * MIB)
     sparse(os.path.join(lone.download, "small"), 2 * MIB)
 
     def peak(*arguments):
-        done = client(lone, *arguments, cwd=work, patch=patch)
+        done = client(lone, *arguments, cwd=work, patch=TELL_PEAK)
         assert done.code == 0
         return int(done.out.split()[-1]) * KIB
 
     assert peak("get", "big") - peak("get", "small") < 4 * MIB
     assert peak("put", "big") - peak("put", "small") < 4 * MIB
+
+
+def test_file_that_the_disk_here_can_not_hold_takes_no_room_from_the_others(lone, work):
+    files = {"big": content(300000), "small": b"hello"}
+    fill(lone.download, files)
+    patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=%d)"
+    for options in ([], ["--no-verify"], ["--classic"]):
+        done = client(lone, "get", "big", "small", *options, cwd=work, patch=patch % 299999)
+        assert done.code == 1 and done.err.startswith("big: no room here for 300000 bytes\n")
+        assert tree(work, hidden=True) == {"small": b"hello"}
+    fill(work, {partial_name("big"): files["big"][:1000]})
+    assert client(lone, "get", "big", cwd=work, patch=patch % 299000).code == 0 and tree(work) == files
+
+
+@posix
+def test_partial_of_another_user_is_not_taken_where_it_could_be_changed_later(lone, work):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    lone.serves("x", b"hello")
+    fill(work, {partial_name("x"): b""})
+    os.chown(str(work / partial_name("x")), 65534, 65534)
+    work.chmod(0o1777)          # as /tmp: here each may remove and rename their own only
+    done = client(lone, "get", "x", cwd=work)
+    assert (done.code, done.err) == (1, "x: %s is another user's\n" % partial_name("x")) and tree(work) == {}
+    work.chmod(0o777)
+    assert client(lone, "get", "x", cwd=work).code == 0 and tree(work) == {"x": b"hello"}
 
 
 # ==== Command line: the client, against a hostile server ============================================================
@@ -5691,7 +5739,7 @@ def test_line_of_a_listing_that_is_too_long_is_left_out(work):
     lines = b"[" * 70000 + b"\n\n" + wire({"name": "good", "type": "file", "size": 3, "mtime": 0})
     with fake_server(ls=wired({"ok": True, "size": len(lines)}, lines)) as (port, headers):
         done = client(port, "ls", cwd=work)
-    assert done.code == 1 and "good" in done.out and done.err == "a line of the listing is left out: 70000 bytes\n"
+    assert done.code == 1 and "good" in done.out and done.err == "a line of the listing is left out: 70001 bytes\n"
 
 
 def test_what_a_server_says_never_reaches_the_terminal_raw(work):
@@ -5742,6 +5790,17 @@ def test_listing_without_an_end_is_not_taken_into_memory(work):
         done = client(port, "ls", cwd=work, patch=patch)
     assert done.code == 1 and "a listing of" in done.err and done.out == ""
     assert ftp_client.LISTING_LIMIT <= GIB
+
+
+@linux
+def test_listing_of_rubbish_takes_no_more_memory_than_others(work):
+    def peak(listing):
+        with fake_server(ls=wired({"ok": True, "size": len(listing)}, listing)) as (port, headers):
+            return int(client(port, "ls", cwd=work, patch=TELL_PEAK).out.split()[-1]) * KIB
+
+    before = peak(b"")
+    assert peak(b"\n" * 4 * MIB) - before < 16 * MIB
+    assert peak(b"x\n" * 64 * KIB) - before < 4 * MIB
 
 
 @early
