@@ -55,7 +55,7 @@ FIRST_PAUSE, LAST_PAUSE = 0.5, 30      # seconds between two tries to take up a 
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic answer
 PARTIAL = ".partial"       # folder on the server, and the end of the hidden file beside what is being fetched
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL), re.DOTALL)      # all of that file's name, see Target
-NO_RIGHT = errno.EACCES, errno.EPERM, errno.EROFS
+OF_FOLDER = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT      # errors that are its folder's, not that file's
 WILD = re.compile(r"[*?\[]")     # what makes a name a pattern
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")     # what turns around how a terminal shows what follows
 FRESH = 0.05               # seconds after a write in which the next one may get the same stamps
@@ -111,7 +111,7 @@ def reason(error):
     if isinstance(error, RecursionError):               # of os.makedirs() and, before Python 3.12, os.walk()
         return "too many folders inside one another"
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    if isinstance(name, str) and UNFINISHED.fullmatch(os.path.basename(name)) and error.errno in NO_RIGHT:
+    if isinstance(name, str) and UNFINISHED.fullmatch(os.path.basename(name)) and error.errno in OF_FOLDER:
         name = os.path.dirname(name) or "this folder"   # which is what can be mended
     return "%s%s" % (name + ": " if isinstance(name, str) else "", getattr(error, "strerror", None) or error)
 
@@ -411,7 +411,7 @@ class Link:
                 self.deadline = min(self.deadline, time.monotonic() + HEADER_TIME)
         except Broken as error:                 # what came before it broke counts
             if not self.ahead and isinstance(error, HungUp):
-                raise Failed("the server hung up: that is a no, or it is no ftp_server.py") from None
+                raise Failed("the server hung up: that is a no, or no ftp_server.py is behind that port") from None
             if not self.ahead:
                 raise
         finally:
@@ -922,6 +922,7 @@ class Put(Job):
             link = self.client.link
             link.classic_request("put", self.name, str(self.size))
             link.classic_answer(rb"OK", b"OK")
+            self.client.known = True
             self.begin("->", 0)
             last = max(0, self.size - 1)    # the last byte is held back until it is sure that all fit together
             digest = hashlib.sha256() if self.fresh else None
@@ -1085,6 +1086,7 @@ class Get(Job):
         link = self.client.link
         link.classic_request("get", self.name, "0")
         size = link.classic_answer(rb"YES\|([0-9]{1,19})|NO\|0", b"YES|", b"NO|0").group(1)
+        self.client.known = True
         if size is None:
             raise Failed("the server has no such file")
         self.resize(int(size))
@@ -1107,7 +1109,7 @@ class FtpClient:
         self.port = (host, port)                # as in the original: the address
         self.options, self.verify = options, not options.no_verify
         self.hashing = {} if self.verify else {"verify": False}     # what a put or a get says of it
-        self.classic, self.greeted = options.classic, False
+        self.classic, self.known = options.classic, False       # the dialect, and whether the server has spoken it
         self.link, self.tries, self.window = None, 0, WINDOW
         self.todo, self.asked = collections.deque(), 0      # jobs to do; so many of them, the first ones, are under way
         self.failed = []                        # what the command that runs could not do
@@ -1138,10 +1140,10 @@ class FtpClient:
         try:
             link.request(cmd="hello")
             link.answer()
-            self.greeted = True
+            self.known = True
         except BaseException as error:      # a time limit, Ctrl-C: a late answer must not be taken for the next one
             self.close()
-            if isinstance(error, HungUp) and not link.ahead and not self.greeted:
+            if isinstance(error, HungUp) and not link.ahead and not self.known:
                 note("the server hung up on the framed hello: speaking the classic dialect")
                 self.classic = True
                 return self.create_socket()
@@ -1798,6 +1800,9 @@ def command_fanout(client):
             line = input(">>>").strip()
             if line:
                 run_command(client, [line] if line.startswith("!") else split_words(line))
+            if not client.known:            # who hung up, as a tunnel without a server, may speak next time
+                client.close()
+                client.classic = client.options.classic
         except Usage as error:
             note(str(error))
         except ValueError:

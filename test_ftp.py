@@ -5953,7 +5953,7 @@ def test_connection_that_the_server_has_ended_while_idle_is_made_again_without_a
     (b"\x1b", 0, [], ["<- \\x1b", "x: the server answered nonsense"]),
     (b"YE", 0.1, [], ["<- YE", "x: the server answered nonsense"]),
     (b"YE", 0, ["--timeout", "3"], ["<- YE", "x: the server answered nonsense"]),
-    (b"", 0, [], ["x: the server hung up: that is a no, or it is no ftp_server.py"]),
+    (b"", 0, [], ["x: the server hung up: that is a no, or no ftp_server.py is behind that port"]),
 ], ids=["none", "no text", "never whole", "silent", "no answer"])
 @early
 def test_classic_answer_that_is_none_is_told_at_once(work, answer, pause, options, told):
@@ -6095,6 +6095,27 @@ def test_client_falls_back_where_hello_is_met_by_a_hang_up(tmp_path, work):
         wait_for(lambda: tree(tmp_path / "article" / "upload") == {"x": b"hello"}, 5)
         assert client(port, "get", "y", cwd=work).code == 0
     assert tree(work) == {"x": b"hello", "y": b"there"}
+
+
+def test_prompt_takes_no_server_for_a_classic_one_that_has_never_said_a_word(work):
+    def hang_up_once(peer, header, greeted=[]):
+        greeted.append(peer)
+        if len(greeted) == 1:
+            raise Hangup
+        peer.send(HELLO)
+
+    with fake_server(hello=hang_up_once, ls=wired({"ok": True, "size": 0})) as (port, headers):
+        done = client(port, cwd=work, given="ls\nls\n")
+    assert "speaking the classic dialect" in done.err and done.err.count("can't list") == 1
+    assert [header["cmd"] for header in headers] == ["hello", "hello", "ls"]
+
+
+def test_prompt_keeps_to_the_dialect_of_a_classic_server(tmp_path, work):
+    fill(work, {"x": b"hello", "y": b"there"})
+    with article_server(tmp_path / "article") as port:
+        done = client(port, cwd=work, given="put x\nput y\n")
+        wait_for(lambda: tree(tmp_path / "article" / "upload") == {"x": b"hello", "y": b"there"}, 5)
+    assert done.err.count("speaking the classic dialect") == 1
 
 
 @cases("patch", {"as it is": "", "without sendfile": "import os; vars(os).pop('sendfile', None)"})
