@@ -1704,41 +1704,46 @@ def wait_for(sock, events, seconds):
 
 
 class Turns:
-    """A semaphore: only so many do some kind of work at a time, the others wait in line. Whoever stands still, as for
-    a disk that hangs, is counted for about so many seconds only; then others may go instead, and for a while more of
-    them at a time, as they may hang too."""
+    """Only so many do some kind of work at a time; the others wait in line.
+
+    Whoever stands still for so many seconds, as for a disk that hangs, isn't counted any more, and others go instead:
+    twice as many at a time as before, since they may hang too, until nobody was seen to stand still for a while."""
 
     def __init__(self, limit, seconds):
         self.lock, self.seconds = threading.Lock(), seconds
         self.limit = self.least = limit
         self.late = -math.inf       # time.monotonic() when somebody was last seen to stand still
-        self.begun, self.line = {}, collections.deque()     # who: when; only of those that count
+        self.begun = {}             # who has a turn, of those that count: time.monotonic() when it began
+        self.line = collections.deque()     # it is empty where there is room for more
 
     def take(self, who):
         """Return True if who may go at once; else it waits in line until end() or relieve() returns it."""
         with self.lock:
             self.line.append(who)
-            if len(self.begun) >= self.limit:
-                return False
-            self.begin()                    # nobody else is in line then
-            return True
+            return bool(self.fill())
 
-    def begin(self):
-        """Give a turn to the first in line and return who that is, or None."""
-        if not self.line:
-            return None
-        who = self.line.popleft()
-        self.begun[who] = time.monotonic()
-        return who
+    def fill(self):
+        """Give turns to the first in line, as far as there is room, and return who they are."""
+        going = [self.line.popleft() for _ in range(min(self.limit - len(self.begun), len(self.line)))]
+        self.begun.update(dict.fromkeys(going, time.monotonic()))
+        return going
+
+    def keep(self, who):
+        """Tell whether who may go on, as nobody is in line. It doesn't stand still then: its turn begins anew."""
+        with self.lock:
+            if not self.line:
+                self.begun[who] = time.monotonic()
+            return not self.line
 
     def end(self, who):
-        """End the turn of who, and return the one who goes next, or None."""
-        with self.lock:                     # one that stood still was counted out: another one went instead
-            return self.begin() if self.begun.pop(who, None) is not None and len(self.begun) < self.limit else None
+        """End the turn of who, and return those who go next."""
+        with self.lock:
+            self.begun.pop(who, None)       # gone already where it stood still
+            return self.fill()
 
     def relieve(self):
         """Return those who may go instead of some that stand still. It must be called again and again."""
-        if not self.line:
+        if not self.line and self.limit == self.least:
             return []
         now = time.monotonic()
         with self.lock:
@@ -1749,7 +1754,7 @@ class Turns:
                 self.late, self.limit = now, min(2 * self.limit, max(MOST, self.least))
             elif now - self.late > STUCK:
                 self.limit = self.least
-            return [self.begin() for _ in range(min(self.limit - len(self.begun), len(self.line)))]
+            return self.fill()
 
 
 def make_turns():
@@ -1789,13 +1794,12 @@ class FtpHandler(socketserver.BaseRequestHandler):
             self.gate.acquire()
         try:
             wait = steps.send(None)
-            while wait == kind and not turns.line:
+            while wait == kind and turns.keep(self.gate):
                 wait = steps.send(None)
             return wait
         finally:
-            following = turns.end(self.gate)
-            if following:
-                following.release()
+            for gate in turns.end(self.gate):
+                gate.release()
 
 
 class Stopped(Exception):
@@ -2078,18 +2082,19 @@ class SelectFtpServer:
 
     def work(self, task):
         """In a worker: run a session until it really has to wait or others are in line; then the next of those."""
-        while task:
+        tasks = [task]
+        while tasks:
+            task = tasks.pop()
             turns = self.turns[task.away]
             wait = task.advance()
-            while not turns.line and self.goes_on(task.away, wait):
+            while turns.keep(task) and self.goes_on(task.away, wait):
                 wait = task.advance()
-            following = turns.end(task)
+            tasks += turns.end(task)
             if wait in AT_ONCE:
                 self.hand_over(task, wait)
             else:
                 self.back.append((task, wait))
                 self.ring()
-            task = following
 
     def do_batch(self):
         """Let one worker do what this turn's sessions have to do with files, and wait for it: threads that run at the

@@ -3016,15 +3016,15 @@ def test_session_that_waits_for_a_request_has_no_share(more, asks):
 def test_only_so_many_have_a_turn_and_who_stands_still_is_not_counted():
     turns = ftp_server.Turns(2, 60)
     assert [turns.take(who) for who in "abcd"] == [True, True, False, False]
-    assert turns.end("a") == "c" and turns.relieve() == []
+    assert turns.end("a") == ["c"] and turns.relieve() == []
     turns.seconds = -1
     assert turns.relieve() == ["d"]  # instead of b, the oldest: nobody else is in line
     turns.seconds = 60
     assert [turns.take(who) for who in "efg"] == [True, True, False]  # twice as many for a while: who goes instead may hang too
-    assert turns.end("b") is None  # another went instead of b already
+    assert turns.end("b") == []  # another went instead of b already
     turns.late -= 60
     assert turns.relieve() == [] and turns.limit == 2
-    assert [turns.end(who) for who in "cdef"] == [None, None, "g", None] and turns.end("g") is None
+    assert [turns.end(who) for who in "cdef"] == [[], [], ["g"], []] and turns.end("g") == []
     assert turns.take("h")
 
 
@@ -3034,6 +3034,22 @@ def test_ever_more_may_go_where_all_stand_still():
         turns.take(who)
     counts = [len(turns.relieve()) for _ in range(7)]
     assert counts == [4, 8, 16, 32, 64, 64, 64] and ftp_server.MOST == 64
+
+
+def test_after_a_hang_no_more_may_go_than_before_even_if_nobody_is_in_line():
+    turns = ftp_server.Turns(2, -1)
+    assert [turns.take(who) for who in "abc"] == [True, True, False] and turns.relieve() == ["c"] and turns.limit == 4
+    assert [turns.end(who) for who in "abc"] == [[], [], []]
+    turns.late -= 60
+    assert turns.relieve() == [] and [turns.take(who) for who in "def"] == [True, True, False]
+
+
+def test_who_goes_on_and_on_does_not_stand_still():
+    turns = ftp_server.Turns(1, 60)
+    assert turns.take("a")
+    turns.begun["a"] -= 61
+    assert turns.keep("a") and not turns.take("b")
+    assert turns.relieve() == [] and not turns.keep("a") and turns.end("a") == ["b"]
 
 
 @in_all_modes_at_once
