@@ -577,11 +577,9 @@ class Upload:
             self.flush()
             self.file.close()
         if mtime is not None:
-            try:
-                times = nanoseconds(time.time()), nanoseconds(mtime)    # sweep() goes by the later of the two
+            with contextlib.suppress(OSError, OverflowError):           # a time that this system can't hold
+                times = nanoseconds(time.time()), nanoseconds(mtime)    # the former for sweep()
                 os.utime(self.file.fileno() if os.utime in os.supports_fd else self.folder.at(self.partial), ns=times)
-            except (OSError, OverflowError):                    # a time that this system can't hold
-                pass
         if os.name != "nt":
             self.flush()
         if not self.target:
@@ -718,17 +716,15 @@ class Storage:
         descend(Folder(self.upload), parts, make=True, sync=self.fsync).close()
 
     def sweep(self):
-        """Remove the partial files that nobody has touched for a day."""
-        self.next_sweep = time.monotonic() + SWEEP_EVERY
+        """Remove the partial files that nobody has touched for a day, by the clock as it is now.
+
+        Of two stamps the nearer counts: the time of writing may be the sender's already, however far from now."""
+        self.next_sweep, now = time.monotonic() + SWEEP_EVERY, time.time()
         with Folder(self.upload) as root, root.inner(PARTIAL, make=True) as folder:
             for name in folder.names():
                 with contextlib.suppress(OSError):      # locked, perhaps: under way
                     info = folder.stat(name)
-                    if not info:
-                        continue
-                    ages = [time.time() - stamp for stamp in (info.st_atime, info.st_mtime)]
-                    # A stamp far ahead is none of ours, but the sender's mtime; one a little ahead: the clock was set back.
-                    if min((age for age in ages if age > -PARTIAL_LIFE), default=0) > PARTIAL_LIFE:
+                    if info and min(abs(now - info.st_atime), abs(now - info.st_mtime)) > PARTIAL_LIFE:
                         with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
                             lock(file.fileno())
                             if os.name == "nt":         # there an open file can't be removed, and its name stays its own
