@@ -1007,11 +1007,11 @@ class Wire:
                 raise TimedOut("nothing moved for %g seconds" % self.timeout if self.deadline == math.inf
                                else "a header was not complete in time") from None
             except OSError as error:
-                await announce(BLOCKS)
-                raise self.ended(error.strerror) from None
+                raise await self.ended(error.strerror) from None
 
-    def ended(self, why):
+    async def ended(self, why):
         """The error to raise where the session ends: what ended it from outside, else Gone."""
+        await announce(BLOCKS)      # what this ends closes and removes files
         cut = self.cut
         if isinstance(cut, Refusal):
             self.cut = None         # the client is told of it: for that the wire is needed
@@ -1024,8 +1024,7 @@ class Wire:
             await self.flush()
         got = await self.attempt(READ, operation, *args)
         if not got:
-            await announce(BLOCKS)
-            raise self.ended("the client closed the connection")
+            raise await self.ended("the client closed the connection")
         return got
 
     async def fill(self):
@@ -1198,7 +1197,7 @@ class Session:
         while True:
             await announce(kind)
             try:
-                kind = work.throw(self.wire.ended("")) if self.wire.cut else next(work)
+                kind = work.throw(await self.wire.ended("")) if self.wire.cut else next(work)
             except StopIteration as end:
                 return end.value
 
