@@ -83,21 +83,11 @@ STOP_TIME = 1              # seconds that sessions have to end when the server s
 TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
-BLOCKS = "blocks"          # a kind of work: it may stand still for a while, as for a disk
-COMPUTES = "computes"      # another: it keeps a processor busy, as for a hash, so only a few of this kind run at a time
-LISTS = "lists"            # the same for the rest of a long listing, which has its own line: it need not wait for hashes
-PARSES = "parses"          # the same for a long header
-SENDS = "sends"            # the same for sendfile(2): hundreds of threads at it leave the others no time. For the loop it BLOCKS
-RUNS = "runs"              # the same for all else that a thread does when its socket is ready
-FEW = max(2, os.cpu_count() or 1)       # hundreds that want the interpreter at once keep others from it, and new ones above all
-MOST = 64                  # the same where disks may hang
-AT_ONCE = {BLOCKS: MOST, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}    # sessions that may do so at the same time
-STUCK = 0.5                # seconds after which a session still at work isn't counted among them, as its disk may hang; see make_turns()
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
 SLOW_TIME = 0.25           # seconds for which the disk is taken to be slow after it was slow once
 ACCEPTS = 32               # connections that are accepted before the clients already here have their turn
-RUN_TIME = 0.005           # seconds for which a client's requests, if more are here already, are answered before others have their turn
-ROUND = 0.1                # seconds, about, until a client has its next turn, if hundreds send such
+RUN_TIME = 0.005           # seconds for which one client's requests, if they are here already, are answered without a pause
+ROUND = 0.1                # seconds, about, until a client has its next turn, if hundreds have sent requests
 PARTIAL = ".partial"       # folder of the unfinished uploads, inside the upload folder
 PARTIAL_LIFE = 24 * 3600   # seconds that an unfinished upload is kept
 SWEEP_EVERY = 3600         # seconds between two looks for such
@@ -113,6 +103,19 @@ SPARE = 32                 # descriptors, and a quarter of all if that is more, 
 WAKE = math.inf if HAS_POLL else 0.5    # seconds until a session that waits looks whether it was cut
 QUEUE = getattr(queue, "SimpleQueue", queue.Queue)     # Python 3.6 has the slow one only
 
+# The kinds of work that a session announces before it begins, see announce(). So many sessions at most are at work of a
+# kind at a time, the others wait in line, see Turns: hundreds that want the interpreter at once keep each other, and new
+# clients above all, from it.
+BLOCKS = "blocks"          # may stand still for a while, as for a disk
+COMPUTES = "computes"      # keeps a processor busy, as for a hash
+LISTS = "lists"            # the rest of a long listing, which need not wait for hashes
+PARSES = "parses"          # decodes a long header
+SENDS = "sends"            # sends a file by sendfile(2) in a thread of its own; in the loop it BLOCKS
+RUNS = "runs"              # all else that a thread of its own does when its socket is ready
+FEW = max(2, os.cpu_count() or 1)
+MOST = 64                  # where disks may hang
+AT_ONCE = {BLOCKS: MOST, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}
+STUCK = 0.5                # seconds after which a session still at work isn't counted any more: its disk may hang
 LOG = logging.getLogger("ftp_server")
 
 
@@ -403,7 +406,7 @@ def hash_file(file, length):
     view = None
     for offset in range(0, length, CHUNK):
         yield COMPUTES
-        view = view or memoryview(bytearray(min(length, CHUNK)))    # not before its turn: hundreds may be in line
+        view = view or memoryview(bytearray(min(length, CHUNK)))    # not sooner: hundreds may wait for their turn
         count = file.readinto(view[:length - offset])
         if count < min(CHUNK, length - offset):
             raise Refusal("changed", "the file shrank while it was read")
@@ -593,13 +596,14 @@ class Upload:
                 if not stored or name != self.parts[-1]:
                     self.result = "ok, %s as %s" % ("stored" if stored else "already there", name)
                 return "/".join(self.parts[:-1] + [name]), not stored
-            yield COMPUTES                  # the folder may be full, also of numbered names
+            yield COMPUTES                  # there may be thousands of numbered names
 
     def candidates(self):
-        """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken."""
+        """Yield the names that may be given to it: its own, then the numbered ones, those first that are taken, as the same
+        content may be there already."""
         name = self.parts[-1]
         yield name
-        taken = {found for found in self.target.names(numbered_start(name)) if is_numbered(found, name)}    # with gaps, perhaps
+        taken = {found for found in self.target.names(numbered_start(name)) if is_numbered(found, name)}
         yield from sorted(taken)
         for number in itertools.count(2):
             if numbered(name, number) not in taken:
@@ -930,15 +934,15 @@ def parse_classic(data):
 def ready(sock, event, timeout, kind):
     """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds.
 
-    kind: as for announce(), if what comes next is more than an operation on the socket; else None."""
+    kind: that of the work that comes then, as for announce(), if it is more than an operation on the socket; else None."""
     yield sock, event, timeout, kind
 
 
 @types.coroutine
 def announce(kind):
-    """Say what kind of work comes next, one of those AT_ONCE: it may keep its thread until the next ready().
+    """Pause until it is the session's turn to do some kind of work, one of those AT_ONCE, until its next pause.
 
-    The event loop hands the session to a worker thread meanwhile; a thread of its own just goes on when it is its turn."""
+    The event loop hands the session to a worker thread for that; a session with a thread of its own stays in it."""
     yield kind
 
 
@@ -977,17 +981,17 @@ class Wire:
     async def attempt(self, event, operation, *args, kind=None):
         """Wait until the socket is ready, then do the non-blocking operation and return its value.
 
-        kind: SENDS if it may wait for a disk all the same, as sendfile(2) may; else None.
+        kind: SENDS for sendfile(2), which may wait for a disk though the socket is ready; else None.
         It waits even where data is likely there: so one fast client can't keep the others from theirs.
         Raises TimedOut, or Gone for any error of the socket."""
-        left, start = None, time.monotonic()
-        slow_is_fine = event == WRITE and self.deadline == math.inf     # as long as something is taken
+        left, start = None, time.monotonic()        # left: bytes unsent at the last look
+        slow_is_fine = event == WRITE and self.deadline == math.inf     # as long as the peer takes something
         while True:
-            # Only an eighth until the first look at what is unsent: a look before each send would cost a system call.
+            # The first look comes after an eighth of the time: one before each send would cost a system call.
             limit = self.timeout / 8 if slow_is_fine and left is None else self.timeout
             patience = min(start + limit, self.deadline) - time.monotonic()
             try:
-                if self.cut and not (event == WRITE and isinstance(self.cut, Refusal)):     # what is said already goes first
+                if self.cut and not (event == WRITE and isinstance(self.cut, Refusal)):     # an answer under way goes first
                     raise ConnectionAbortedError
                 if patience <= 0:
                     raise socket.timeout
@@ -1150,7 +1154,7 @@ class Session:
         try:
             start = time.monotonic()
             while await self.do_request():
-                if time.monotonic() - start > self.service.run_time():      # many may be here already: others go first
+                if time.monotonic() - start > self.service.run_time():      # more may be here already: others go first
                     await self.wire.flush()
                     start = time.monotonic()
             await self.let_go()
@@ -1343,7 +1347,7 @@ class Session:
         kind = COMPUTES if stop - offset > SMALL else BLOCKS
         while offset < stop:
             await announce(kind)
-            view = view or memoryview(bytearray(min(CHUNK, stop - offset)))     # not before its turn: hundreds may be in line
+            view = view or memoryview(bytearray(min(CHUNK, stop - offset)))     # not sooner: hundreds may wait for their turn
             count = download.file.readinto(view[:stop - offset])
             offset = download.advance(offset, count)
             if digest:
@@ -1554,7 +1558,7 @@ class Service:
         self.mode, self.storage, self.timeout, self.max_clients = mode, storage, timeout, max_clients
         self.stopping = False
         self.sessions, self.served = set(), 0       # served: how many of them are not one too many (Session.full)
-        self.asking = set()                         # sessions that don't wait for a request
+        self.asking = set()                         # sessions with a request under way
         self.senders = set()                        # those of them that send a file just now
         self.left = threading.Condition()           # guards sessions; notified when the last one ends
         self.room = room_for_clients()
@@ -1579,7 +1583,7 @@ class Service:
                 self.left.notify_all()
 
     def run_time(self):
-        """Seconds for which one session may answer what its client has sent already."""
+        """Seconds for which a session may answer one request after another: the fewer, the more sessions do so."""
         return min(RUN_TIME, ROUND / max(1, len(self.asking)))
 
     def slice(self):
@@ -1754,7 +1758,7 @@ class Turns:
 
 def make_turns():
     """The Turns for each kind of work."""
-    seconds = {BLOCKS: TICK, LISTS: STUCK / 2}         # no disk of a listing may keep others waiting for long
+    seconds = {BLOCKS: TICK, LISTS: STUCK / 2}          # sooner: whoever asks for a listing should wait for no disk
     return {kind: Turns(limit, seconds.get(kind, STUCK)) for kind, limit in AT_ONCE.items()}
 
 
