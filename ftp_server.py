@@ -494,8 +494,8 @@ class Upload:
             if named and info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
                 return fd, info.st_size
             os.close(fd)
-            if named:               # 2 links: published by a server that was killed before discard(): writing here would
-                self.folder.unlink(self.partial)    # change the stored file
+            if named:       # with 2 links: a server was killed before discard(), and writing would change the stored file
+                self.folder.unlink(self.partial)
 
     def __enter__(self):
         return self
@@ -1605,29 +1605,30 @@ class Service:
         return not idle
 
     def accept(self, listener):
-        """Accept a connection: (socket, address), or None.
-
-        Out of descriptors, accept() fails at once and forever: the one kept in reserve lets us tell the client."""
+        """Accept a connection: (socket, address), or None."""
         try:
             sock, address = listener.accept()
-            if len(self.sessions) < self.room:
-                return sock, address or ("?", 0)        # macOS: gone again already
-            LOG.error("no room for one more client")
-            return turn_away(sock)
-        except (BlockingIOError, ConnectionError):
+        except (BlockingIOError, ConnectionError):      # it is gone again
             return None
         except OSError as error:
             LOG.error("can't take a new client: %s", error.strerror)
+            return self.use_reserve(listener)
+        if len(self.sessions) < self.room:
+            return sock, address or ("?", 0)            # macOS: gone again already
+        LOG.error("no room for one more client")
+        return turn_away(sock)
+
+    def use_reserve(self, listener):
+        """Out of descriptors, accept() fails at once and forever: with the one kept in reserve we can tell the client."""
         if self.reserve is None:
-            time.sleep(0.05)
+            time.sleep(TICK)
         else:
             os.close(self.reserve)
+            self.reserve = None
             with contextlib.suppress(OSError):
                 turn_away(listener.accept()[0])
-        self.reserve = None
         with contextlib.suppress(OSError):
             self.reserve = os.open(os.devnull, os.O_RDONLY)
-        return None
 
 
 def room_for_clients():
@@ -2132,8 +2133,8 @@ class SelectFtpServer:
                 self.button.send(b"!")
 
     def goes_on(self, kind, wait):
-        """Tell whether a worker may go on at once: there is more of the same to do, or a stream that never pauses and
-        is the only one, or one of the few that may compute."""
+        """Tell whether a worker may go on with a session without the loop: there is more of the same to do, or its socket
+        is ready, if it is the only one whose disk is slow or one of the few that may compute."""
         few = kind != BLOCKS or len(self.turns[kind].begun) == 1
         return wait == kind or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
