@@ -110,7 +110,7 @@ BLOCKS = "blocks"          # may stand still for a while, as for a disk
 COMPUTES = "computes"      # keeps a processor busy, as for a hash
 LISTS = "lists"            # the rest of a long listing, which need not wait for hashes
 PARSES = "parses"          # decodes a long header
-SENDS = "sends"            # sends a file by sendfile(2) in a thread of its own; in the loop it BLOCKS
+SENDS = "sends"            # sendfile(2) in a thread of its own; in the loop it is as if it BLOCKS
 RUNS = "runs"              # all else that a thread of its own does when its socket is ready
 FEW = max(2, os.cpu_count() or 1)
 MOST = 64                  # where disks may hang
@@ -931,11 +931,9 @@ def parse_classic(data):
 # ==== Waiting: two traps, and the wire built on them =====================================================
 
 @types.coroutine
-def ready(sock, event, timeout, kind):
-    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds.
-
-    kind: that of the work that comes then, as for announce(), if it is more than an operation on the socket; else None."""
-    yield sock, event, timeout, kind
+def ready(sock, event, timeout):
+    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds."""
+    yield sock, event, timeout
 
 
 @types.coroutine
@@ -995,7 +993,9 @@ class Wire:
                     raise ConnectionAbortedError
                 if patience <= 0:
                     raise socket.timeout
-                await ready(self.sock, event, min(patience, WAKE), kind)
+                await ready(self.sock, event, min(patience, WAKE))
+                if kind:
+                    await announce(kind)
                 return operation(*args)
             except BlockingIOError:
                 pass
@@ -1777,9 +1777,9 @@ class FtpHandler(socketserver.BaseRequestHandler):
                 while True:
                     if wait in AT_ONCE:
                         wait = self.in_turn(steps, wait)
-                    elif wait_for(*wait[:3]):
+                    elif wait_for(*wait):
                         service.asking.add(session)         # while it is in line, too
-                        wait = wait[3] or RUNS
+                        wait = RUNS
                     else:
                         wait = steps.throw(socket.timeout())
         except StopIteration:
@@ -1939,12 +1939,11 @@ class Workers:
 
 class Task:
     """A session in the loop: its coroutine, and what that waits for."""
-    __slots__ = ("session", "steps", "sock", "event", "kind", "away", "deadline", "alarm")
+    __slots__ = ("session", "steps", "sock", "event", "away", "deadline", "alarm")
 
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
-        self.kind = None            # kind of the work that comes when sock is ready
         self.away = None            # kind of the work that a worker does for it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
@@ -2045,7 +2044,7 @@ class SelectFtpServer:
             self.sel.unregister(conn)
             task.event = 0
         else:
-            self.wait(task, task.kind or task.advance())
+            self.wait(task, task.advance())
 
     def wait(self, task, wait):
         """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
@@ -2064,13 +2063,13 @@ class SelectFtpServer:
             LOG.exception("%s bug", task.session.peer)
             self.close(task)
 
-    def wait_for_socket(self, task, sock, event, timeout, kind):
+    def wait_for_socket(self, task, sock, event, timeout):
         """Register for one event, and only when it changes."""
         if not task.event:
             self.sel.register(sock, event, self.resume)
         elif task.event != event:
             self.sel.modify(sock, event, self.resume)
-        task.event, task.kind = event, kind
+        task.event = event
         task.deadline = time.monotonic() + timeout
         self.set_alarm(task)
 
@@ -2136,7 +2135,7 @@ class SelectFtpServer:
         """Tell whether a worker may go on with a session without the loop: there is more of the same to do, or its socket
         is ready, if it is the only one whose disk is slow or one of the few that may compute."""
         few = kind != BLOCKS or len(self.turns[kind].begun) == 1
-        return wait == kind or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
+        return wait == kind or kind == BLOCKS and wait == SENDS or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
     def answer_bell(self, sock, mask):
         """Callback of the bell."""
