@@ -65,12 +65,12 @@ LOOPBACK_BUFFER = 1 << 19  # bytes of a socket's buffers on loopback: what is on
 CHUNK = 1 << 18            # bytes read from a file or a socket before they are hashed and passed on
 RECEIVE = 1 << 19          # bytes of an upload that are collected before they are written
 PIPE = 1 << 20             # bytes that the pipe of an unhashed upload holds: the most that any user may ask for, see pipe(7)
-SLICE = 160 << 10          # bytes sent to one client before the others have their turn, if these are many
-TURN = 1 << 27             # bytes sent to all clients in about a turn, if they are few
+SLICE = 160 << 10          # bytes sent to one client before the others have their turn, at least
+TURN = 1 << 27             # bytes sent to all clients together in such a round, about: the fewer they are, the larger the slices
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 LISTED = 20                # files listed, and folders opened, between two chances for others to go first
-BIG_FOLDER = 1 << 14       # bytes that a folder itself takes, about, when its names alone take as long to read
+BIG_FOLDER = 1 << 14       # bytes of a folder itself, without its files, from which on its names alone may take as long to read
 LONG_HEADER = 1 << 8       # bytes of a header up to which parsing it takes less than a tenth of a millisecond
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
@@ -78,7 +78,7 @@ WRITE_TIME = 0.05          # seconds without a further byte after which what cam
 QUIET_TIME = 0.02          # seconds without a further byte that end a classic request
 LINGER_TIME = 5            # seconds that a peer has to read the last answer before the socket goes
 TAKEOVER_TIME = 5          # seconds that an older session has to let go of an upload
-TELL_TIME = 0.5            # seconds of them in which it may tell its client, before it is cut
+TELL_TIME = 0.5            # seconds of those in which it may still tell its client why, before it is cut
 STOP_TIME = 1              # seconds that sessions have to end when the server stops
 TICK = 0.05                # seconds between two looks at whether to stop
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
@@ -116,6 +116,7 @@ FEW = max(2, os.cpu_count() or 1)
 MOST = 64                  # where disks may hang
 AT_ONCE = {BLOCKS: MOST, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}
 STUCK = 0.5                # seconds after which a session still at work isn't counted any more: its disk may hang
+
 LOG = logging.getLogger("ftp_server")
 
 
@@ -698,8 +699,8 @@ class Storage:
 
     def claim(self, ident, give_way):
         """Generator: make ident the caller's; whoever had it before is asked to give way and waited for. Raises Refusal."""
-        asked = mine = (next(self.tickets), give_way)
-        give_up = time.monotonic() + TAKEOVER_TIME
+        mine, give_up = (next(self.tickets), give_way), time.monotonic() + TAKEOVER_TIME
+        asked = mine                # whoever was asked last; at first nobody
         while True:
             holder, now = self.claims.setdefault(ident, mine), time.monotonic()         # one step: needs no lock
             if holder is mine:
@@ -712,7 +713,7 @@ class Storage:
             elif now > patience:
                 holder[1](at_once=True)
             time.sleep(0.001)
-            yield BLOCKS            # in between: who has it may need a worker to let go
+            yield BLOCKS            # a chance for others: who has it may need a worker to let go
 
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
@@ -733,9 +734,8 @@ class Storage:
                             lock(file.fileno())
                             if os.name == "nt":         # there an open file can't be removed, and its name stays its own
                                 file.close()
-                            elif not folder.has(name, os.fstat(file.fileno())):
-                                continue
-                            folder.unlink(name)
+                            if os.name == "nt" or folder.has(name, os.fstat(file.fileno())):
+                                folder.unlink(name)
 
 
 class Listing:
@@ -806,7 +806,7 @@ class Listing:
             raise error
 
     def told(self):
-        """What is left out, in words, for which a header has room."""
+        """What is left out, in words: no more of them than a header has room for."""
         some = ", ".join("%s (%s)" % item for item in itertools.islice(self.left_out.items(), 20))
         return some[:4000] + (" and %d more" % (len(self.left_out) - 20) if len(self.left_out) > 20 else "")
 
@@ -1127,7 +1127,7 @@ class Session:
         self.service, self.storage = service, service.storage
         self.wire = Wire(sock, min(service.timeout, HEADER_TIME) if full else service.timeout)
         self.peer = address_text(address)
-        self.full = full            # one client too many: its first request is told so
+        self.full = full            # whether this is one client too many, as its first request will be told
         self.framed = False         # the dialect of the last request
         self.doing = "request"      # what it asks for, for the log
         self.payload = None         # bytes of a put still to come before its last line; None: no put
