@@ -81,6 +81,7 @@ TAKEOVER_TIME = 5          # seconds that an older session has to let go of an u
 TELL_TIME = 0.5            # seconds of those in which it may still tell its client why, before it is cut
 STOP_TIME = 1              # seconds that sessions have to end when the server stops
 TICK = 0.05                # seconds between two looks at whether to stop
+LOOK_UP_TIME = 0.5         # seconds that our own name has to tell our addresses
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
@@ -453,7 +454,7 @@ class Upload:
 
     def open(self):
         """Open the folders and the partial; refuse now what could not be stored later."""
-        self.target = Folder(self.storage.upload)
+        self.target = self.storage.open_folder()
         self.folder = self.target.inner(PARTIAL, make=True)
         with contextlib.suppress(FileNotFoundError):            # publish() makes what is missing
             root, self.target = self.target, None
@@ -587,7 +588,7 @@ class Upload:
         if os.name != "nt":
             self.flush()
         if not self.target:
-            self.target = descend(Folder(self.storage.upload), self.parts[:-1], True, self.storage.fsync)
+            self.target = descend(self.storage.open_folder(), self.parts[:-1], True, self.storage.fsync)
         for name in self.candidates():
             stored = self.rename(name)
             if stored or (yield from self.same(name)):
@@ -663,6 +664,13 @@ class Storage:
         self.digests = collections.OrderedDict()        # Download.identity(): SHA-256
         self.next_sweep = 0.0
 
+    def open_folder(self):
+        """Open the upload folder. Raises Refusal where somebody has taken it away: what is made anew might be on another disk."""
+        try:
+            return Folder(self.upload)
+        except FileNotFoundError:
+            raise Refusal("server-error", "the server's upload folder is gone") from None
+
     def open_download(self, name):
         """Open a regular file of the download folder. Raises Refusal or OSError."""
         *parents, last = split_name(name)
@@ -718,14 +726,14 @@ class Storage:
     def make_folder(self, name):
         """Make a folder in the upload folder; one that is there already is as good."""
         parts = split_name(name)            # first: a folder opened before a refusal would stay open
-        descend(Folder(self.upload), parts, make=True, sync=self.fsync).close()
+        descend(self.open_folder(), parts, make=True, sync=self.fsync).close()
 
     def sweep(self):
         """Remove the partial files that nobody has touched for a day, by the clock as it is now.
 
         Of two stamps the nearer counts: the time of writing may be the sender's already, however far from now."""
         self.next_sweep, now = time.monotonic() + SWEEP_EVERY, time.time()
-        with Folder(self.upload) as root, root.inner(PARTIAL, make=True) as folder:
+        with self.open_folder() as root, root.inner(PARTIAL, make=True) as folder:
             for name in folder.names():
                 with contextlib.suppress(OSError):      # locked, perhaps: under way
                     info = folder.stat(name)
@@ -2451,8 +2459,15 @@ def set_up_log(options):
 def own_addresses(family):
     """This machine's addresses, as others may see them."""
     found = []
-    with contextlib.suppress(OSError, UnicodeError):
-        found += [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
+
+    def look_up():
+        with contextlib.suppress(OSError, UnicodeError):
+            found.extend(info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM))
+
+    with contextlib.suppress(RuntimeError):             # in a thread of its own: a name server may be silent for long
+        thread = threading.Thread(target=look_up, daemon=True)
+        thread.start()
+        thread.join(LOOK_UP_TIME)
     for kind, anywhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect((anywhere, 9))                    # sends nothing: it only picks the way out

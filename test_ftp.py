@@ -4212,8 +4212,37 @@ def test_server_for_the_network_says_who_can_reach_it(pair, folder):
 def test_banner_of_a_machine_without_a_network_sends_nobody_to_another(tmp_path):
     patch = ANY_ADDRESS + "import ftp_server; ftp_server.own_addresses = lambda family: ['127.0.0.1']"
     with serve("selectors", tmp_path, host="0.0.0.0", patch=patch) as server:
-        assert "  on this machine:  python ftp_client.py 127.0.0.1 %d\n" % server.port in server.out()
+        wait_for(lambda: "  on this machine:  python ftp_client.py 127.0.0.1 %d\n" % server.port in server.out())
     assert "the other machine" not in server.out()
+
+
+NO_NAMES = ANY_ADDRESS + """
+import time
+def look_up(host, *args, real=socket.getaddrinfo, **more):
+    if host == socket.gethostname():
+        time.sleep(60)
+    return real(host, *args, **more)
+socket.getaddrinfo = look_up
+"""
+
+
+@in_all_modes_at_once
+def test_name_server_that_is_silent_keeps_nobody_waiting(mode, folder):
+    with serve(mode, folder, host="0.0.0.0", patch=NO_NAMES) as server, server.peer() as peer:
+        assert peer.hello()["ok"]
+        assert "python ftp_client.py" in server.out()
+
+
+@posix
+@in_all_modes_at_once
+def test_upload_folder_that_is_gone_is_said_to_be_the_servers(mode, folder):
+    with serve(mode, folder) as server, server.peer() as peer:
+        os.rmdir(os.path.join(server.upload, ".partial"))
+        os.rmdir(server.upload)
+        for answer in (peer.put("x", b"123"), peer.ask({"cmd": "mkdir", "name": "d"})):
+            assert (answer["code"], answer["error"]) == ("server-error", "the server's upload folder is gone")
+        os.mkdir(server.upload)
+        assert peer.put("x", b"123")["ok"] and server.uploads() == {"x": b"123"}
 
 
 def server_fails(*arguments, patch=""):
@@ -6114,7 +6143,9 @@ def test_client_falls_back_where_hello_is_met_by_a_hang_up(tmp_path, work):
 
 
 def test_prompt_takes_no_server_for_a_classic_one_that_has_never_said_a_word(work):
-    def hang_up_once(peer, header, greeted=[]):
+    greeted = []
+
+    def hang_up_once(peer, header):
         greeted.append(peer)
         if len(greeted) == 1:
             raise Hangup
