@@ -1043,7 +1043,8 @@ class Get(Job):
         """Raise Failed where the disk can't take what is to come: a partial that fills it would fail the files behind it."""
         if self.coming > SMALL:
             import shutil
-            if shutil.disk_usage(self.target.folder or ".").free < self.coming:
+            disk = shutil.disk_usage(self.target.folder or ".")
+            if disk.free < self.coming and disk.total:      # some network disks tell neither
                 raise Failed("no room here for %d bytes" % self.size)
 
     def receive(self, digest):

@@ -469,8 +469,10 @@ class Upload:
         fd, self.length = self.open_partial()
         self.file = io.FileIO(fd, "rb+")
         missing = self.size - self.length
-        if missing > CHUNK and shutil.disk_usage(self.storage.upload).free < missing:
-            raise Refusal("disk-full", "no room for %d bytes" % self.size)
+        if missing > CHUNK:
+            disk = shutil.disk_usage(self.storage.upload)
+            if disk.free < missing and disk.total:      # some network disks tell neither
+                raise Refusal("disk-full", "no room for %d bytes" % self.size)
 
     def check_replaceable(self):
         """Raise Refusal where the name is that of something else than a file."""

@@ -5611,13 +5611,24 @@ def test_memory_of_the_client_does_not_grow_with_the_file(lone, work):
 def test_file_that_the_disk_here_can_not_hold_takes_no_room_from_the_others(lone, work):
     files = {"big": content(300000), "small": b"hello"}
     fill(lone.download, files)
-    patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=%d)"
+    patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=%d, total=400000)"
     for options in ([], ["--no-verify"], ["--classic"]):
         done = client(lone, "get", "big", "small", *options, cwd=work, patch=patch % 299999)
         assert done.code == 1 and done.err.startswith("big: no room here for 300000 bytes\n")
         assert tree(work, hidden=True) == {"small": b"hello"}
     fill(work, {partial_name("big"): files["big"][:1000]})
     assert client(lone, "get", "big", cwd=work, patch=patch % 299000).code == 0 and tree(work) == files
+
+
+@in_all_modes_at_once
+def test_disk_that_does_not_tell_its_room_takes_files(mode, folder):
+    patch, data = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=0, total=0)", content(300000)
+    fill(folder / "work", {"x": data})
+    with serve(mode, folder, patch=patch) as server:
+        server.serves("y", data)
+        for command in ("put x", "get y"):
+            assert client(server, *command.split(), cwd=folder / "work", patch=patch).code == 0
+        assert server.uploads() == {"x": data} and tree(folder / "work") == {"x": data, "y": data}
 
 
 @posix
