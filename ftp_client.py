@@ -903,14 +903,21 @@ class Put(Job):
     def listen(self):
         """An answer before the end is a refusal: read it rather than send what nobody wants."""
         if self.client.link.answered():
-            try:
-                self.client.link.answer()
-            except Busy as error:       # it had let us begin: to come back would only throw out who came instead
-                raise Failed(str(error)) from None
+            self.answer()
             raise BadMessage("an answer before the end of the file")
 
+    def answer(self):
+        """Read the answer of a server that has let us begin."""
+        try:
+            return self.client.link.answer(work_time(self.size))
+        except Busy as error:
+            if not self.alone:
+                raise
+            self.client.close()         # as the server does. To come back would only throw out who came instead
+            raise Failed(str(error)) from None
+
     def finish(self):
-        answer = self.client.link.answer(work_time(self.size))
+        answer = self.answer()
         stored, size, sha256, duplicate = fields(answer, "name", "size", "sha256", "duplicate")
         if size != self.size or (sha256 and sha256.lower()) != self.sha256:
             raise BadMessage("it stored something else than what was sent")

@@ -2511,12 +2511,13 @@ def test_client_that_comes_back_takes_over_its_upload(server, peer, resume):
     assert server.stored(name) == data
 
 
+@cases("size, pause", {"is sending": (8 * MIB, 0.1), "has sent all": (600000, 2)})
 @in_all_modes_at_once
-def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(mode, folder):
-    data, work = content(8 * MIB), folder / "work"
+def test_client_whose_upload_is_taken_over_is_told_and_does_not_come_back(mode, folder, size, pause):
+    data, work = content(size), folder / "work"
     fill(work, {"x": data})
     patch = "import ftp_server; ftp_server.TELL_TIME = ftp_server.TAKEOVER_TIME = 20"     # the line may falter
-    with serve(mode, folder, patch=patch) as server, Proxy(server.port, hold=("up", 2 * MIB), pause=0.1) as line, \
+    with serve(mode, folder, patch=patch) as server, Proxy(server.port, hold=("up", 300000), pause=pause) as line, \
             ThreadPoolExecutor(1) as pool:
         older = pool.submit(client, line.port, "put", "x", cwd=work)
         assert line.held.wait(PATIENCE)
@@ -7220,7 +7221,7 @@ class Typist:
 
     def run(self, command, given=""):
         done = subprocess.run(command, cwd=self.folder, input=given.encode("utf-8"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              timeout=60, env=self.environment)
+                              timeout=12 * PATIENCE, env=self.environment)
         for stream in (done.stdout, done.stderr):
             text = stream.decode("utf-8")
             assert "Traceback" not in text and "SyntaxError" not in text, text
