@@ -411,7 +411,7 @@ class Link:
                 self.deadline = min(self.deadline, time.monotonic() + HEADER_TIME)
         except Broken as error:                 # what came before it broke counts
             if not self.ahead and isinstance(error, HungUp):
-                raise Failed("the server hung up: that is a no, or no ftp_server.py is behind that port") from None
+                raise Failed("the server hung up: it refuses that, or it is no ftp_server.py") from None
             if not self.ahead:
                 raise
         finally:
@@ -621,17 +621,25 @@ class Target:
         self.partial = os.path.join(self.folder, "." + name + end)
         self.file = None
 
+    def open_partial(self):
+        """Open the partial, made if there is none: (fd, whether it was there)."""
+        try:
+            return os.open(self.partial, PARTIAL_FLAGS | os.O_EXCL, 0o666), False
+        except FileExistsError:
+            return os.open(self.partial, PARTIAL_FLAGS, 0o666), True
+        except FileNotFoundError:
+            os.makedirs(self.folder or ".", exist_ok=True)
+            return os.open(self.partial, PARTIAL_FLAGS, 0o666), True
+
     def open(self):
-        """Open the partial, made if need be, and lock it against other clients; how long it is."""
+        """Open the partial and lock it against other clients; how long it is."""
         while self.file is None:
-            try:
-                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
-            except FileNotFoundError:
-                os.makedirs(self.folder or ".", exist_ok=True)
-                fd = os.open(self.partial, PARTIAL_FLAGS, 0o666)
+            fd, found = self.open_partial()
             file = io.FileIO(fd, "rb+")
             try:
                 info = self.lock(fd)
+                if found:
+                    self.check_owner(info)
                 named = os.name == "nt" or self.has_name(info)      # Windows keeps an open file's name
                 if named and info.st_nlink == 1:
                     self.file = file
@@ -654,11 +662,14 @@ class Target:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise Failed("%s is in the way" % self.partial)
+        return info
+
+    def check_owner(self, info):
+        """Raise Failed for another user's partial in a folder as /tmp: its owner could still write to it later."""
         if os.name != "nt" and info.st_uid != os.geteuid():
             there = os.stat(self.folder or ".")
-            if there.st_mode & stat.S_ISVTX and info.st_uid != there.st_uid:    # as /tmp: its owner could change it later
+            if there.st_mode & stat.S_ISVTX and info.st_uid != there.st_uid:
                 raise Failed("%s is another user's" % self.partial)
-        return info
 
     def has_name(self, info):
         """Tell whether the partial's name is still that of an open file: who had the lock may have removed or published it."""
@@ -1047,7 +1058,7 @@ class Get(Job):
             raise Failed("the file here changed meanwhile: try again")
 
     def check_room(self):
-        """Raise Failed where the disk can't take what is to come: a partial that fills it would fail the files behind it."""
+        """Raise Failed where the disk can't take what is to come: a partial that fills it would make the next ones fail, too."""
         if self.coming > SMALL:
             import shutil
             disk = shutil.disk_usage(self.target.folder or ".")
@@ -1377,7 +1388,7 @@ class FtpClient:
             entry["parts"] = split_name(name)
             return entry if entry.get("type") in ("file", "dir") else None
         except Failed as error:
-            if len(self.left_out) < 1000:       # a server that sends more of it has no listing in mind
+            if len(self.left_out) < 1000:       # what has more of it is no listing, and must not fill our memory
                 self.left_out.append("%s of the listing is left out: %s" % (name, error))
             return None
 
@@ -1802,15 +1813,16 @@ def command_fanout(client):
         sys.stdin.reconfigure(errors="surrogateescape")
     with contextlib.suppress(ImportError):
         set_up_readline(client)
+    line = None
     while True:
+        if line and not client.known:       # nobody answered, as behind a tunnel whose server is down: ask anew for the dialect
+            client.close()
+            client.classic = client.options.classic
         line = None
         try:
             line = input(">>>").strip()
             if line:
                 run_command(client, [line] if line.startswith("!") else split_words(line))
-            if not client.known:            # who hung up, as a tunnel without a server, may speak next time
-                client.close()
-                client.classic = client.options.classic
         except Usage as error:
             note(str(error))
         except ValueError:

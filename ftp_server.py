@@ -70,7 +70,7 @@ TURN = 1 << 27             # bytes sent to all clients together in such a round,
 SMALL = 1 << 16            # bytes up to which reading and hashing takes less time than waiting for a turn to compute
 JOIN = 1 << 18             # bytes of small answers that are joined into one send
 LISTED = 20                # files listed, and folders opened, between two chances for others to go first
-BIG_FOLDER = 1 << 14       # bytes of a folder itself, without its files, from which on its names alone may take as long to read
+BIG_FOLDER = 1 << 14       # bytes of a folder itself, not its files: from there on its names may take as long as LISTED files
 LONG_HEADER = 1 << 8       # bytes of a header up to which parsing it takes less than a tenth of a millisecond
 SKIP_LIMIT = 1 << 20       # bytes of a refused upload that are read past to keep the connection
 HEADER_TIME = 10           # seconds from a header's first byte to its last
@@ -81,7 +81,7 @@ TAKEOVER_TIME = 5          # seconds that an older session has to let go of an u
 TELL_TIME = 0.5            # seconds of those in which it may still tell its client why, before it is cut
 STOP_TIME = 1              # seconds that sessions have to end when the server stops
 TICK = 0.05                # seconds between two looks at whether to stop
-LOOK_UP_TIME = 0.5         # seconds that our own name has to tell our addresses
+LOOK_UP_TIME = 0.5         # seconds that the banner waits for a name server to tell our addresses
 DISCOVERY_SIZE = 512       # bytes of a discovery request, at least
 DISCOVERY_RATE = 50        # answers to such in a second, at most
 QUICK = 0.0005             # seconds that one session's work with its files takes, at most, if the disk is quick
@@ -104,19 +104,19 @@ SPARE = 32                 # descriptors, and a quarter of all if that is more, 
 WAKE = math.inf if HAS_POLL else 0.5    # seconds until a session that waits looks whether it was cut
 QUEUE = getattr(queue, "SimpleQueue", queue.Queue)     # Python 3.6 has the slow one only
 
-# The kinds of work that a session announces before it begins, see announce(). So many sessions at most are at work of a
-# kind at a time, the others wait in line, see Turns: hundreds that want the interpreter at once keep each other, and new
-# clients above all, from it.
+# The kinds of work that a session announces before it begins, see announce(). Of each kind at most so many sessions are
+# at work at a time, and the others wait in line, see Turns: where hundreds of threads want the interpreter at once, each
+# gets it too late, and new clients latest of all.
 BLOCKS = "blocks"          # may stand still for a while, as for a disk
 COMPUTES = "computes"      # keeps a processor busy, as for a hash
 LISTS = "lists"            # the rest of a long listing, which need not wait for hashes
 PARSES = "parses"          # decodes a long header
-SENDS = "sends"            # sendfile(2) in a thread of its own; in the loop it is as if it BLOCKS
+SENDS = "sends"            # sendfile(2) in a thread of its own; the loop takes it for one that BLOCKS
 RUNS = "runs"              # all else that a thread of its own does when its socket is ready
 FEW = max(2, os.cpu_count() or 1)
 MOST = 64                  # where disks may hang
 AT_ONCE = {BLOCKS: MOST, COMPUTES: FEW, LISTS: FEW, PARSES: FEW, SENDS: FEW, RUNS: min(FEW, 8)}
-STUCK = 0.5                # seconds after which a session still at work isn't counted any more: its disk may hang
+STUCK = 0.5                # seconds after which a session still at work isn't counted: its disk may hang. But see make_turns()
 
 LOG = logging.getLogger("ftp_server")
 
@@ -667,7 +667,7 @@ class Storage:
         self.next_sweep = 0.0
 
     def open_folder(self):
-        """Open the upload folder. Raises Refusal where somebody has taken it away: what is made anew might be on another disk."""
+        """Open the upload folder. Raises Refusal where it is gone, as with a disk that isn't mounted any more."""
         try:
             return Folder(self.upload)
         except FileNotFoundError:
@@ -731,15 +731,17 @@ class Storage:
         descend(self.open_folder(), parts, make=True, sync=self.fsync).close()
 
     def sweep(self):
-        """Remove the partial files that nobody has touched for a day, by the clock as it is now.
+        """Remove the partial files that nobody has touched for a day.
 
-        Of two stamps the nearer counts: the time of writing may be the sender's already, however far from now."""
+        The later of two stamps counts, access and writing, unless it is far ahead: publish() sets one to the sender's time."""
         self.next_sweep, now = time.monotonic() + SWEEP_EVERY, time.time()
         with self.open_folder() as root, root.inner(PARTIAL, make=True) as folder:
             for name in folder.names():
                 with contextlib.suppress(OSError):      # locked, perhaps: under way
                     info = folder.stat(name)
-                    if info and min(abs(now - info.st_atime), abs(now - info.st_mtime)) > PARTIAL_LIFE:
+                    stamps = (info.st_atime, info.st_mtime) if info else ()
+                    ages = [now - stamp for stamp in stamps if stamp - now < PARTIAL_LIFE]
+                    if ages and min(ages) > PARTIAL_LIFE:
                         with io.FileIO(folder.open(name, os.O_RDWR), "rb+") as file:
                             lock(file.fileno())
                             if os.name == "nt":         # there an open file can't be removed, and its name stays its own
@@ -948,7 +950,7 @@ def ready(sock, event, timeout):
 
 @types.coroutine
 def announce(kind):
-    """Pause until it is the session's turn to do some kind of work, one of those AT_ONCE, until its next pause.
+    """Pause until it is the session's turn for a kind of work, one of those AT_ONCE. The turn lasts until its next pause.
 
     The event loop hands the session to a worker thread for that; a session with a thread of its own stays in it."""
     yield kind
@@ -1593,7 +1595,7 @@ class Service:
                 self.left.notify_all()
 
     def run_time(self):
-        """Seconds for which a session may answer one request after another: the fewer, the more sessions do so."""
+        """Seconds for which a session may answer one request after another: the fewer, the more have one under way."""
         return min(RUN_TIME, ROUND / max(1, len(self.asking)))
 
     def slice(self):
@@ -1618,7 +1620,7 @@ class Service:
         """Accept a connection: (socket, address), or None."""
         try:
             sock, address = listener.accept()
-        except (BlockingIOError, ConnectionError):      # it is gone again
+        except (BlockingIOError, ConnectionError):      # nobody is waiting, or not any more
             return None
         except OSError as error:
             LOG.error("can't take a new client: %s", error.strerror)
@@ -1629,7 +1631,8 @@ class Service:
         return turn_away(sock)
 
     def use_reserve(self, listener):
-        """Out of descriptors, accept() fails at once and forever: with the one kept in reserve we can tell the client."""
+        """accept() failed. If we are out of descriptors it would fail at once and forever: with the one kept in reserve
+        we can tell the client."""
         if self.reserve is None:
             time.sleep(TICK)
         else:
@@ -1716,8 +1719,8 @@ def wait_for(sock, events, seconds):
 class Turns:
     """Only so many do some kind of work at a time; the others wait in line.
 
-    Whoever stands still for so many seconds, as for a disk that hangs, isn't counted any more, and others go instead:
-    twice as many at a time as before, since they may hang too, until nobody was seen to stand still for a while."""
+    Whoever takes longer than `seconds`, as for a disk that hangs, isn't counted any more, and others go instead. Each time
+    that is seen the limit doubles, up to MOST, since they may hang too; after STUCK seconds without it is as before."""
 
     def __init__(self, limit, seconds):
         self.lock, self.seconds = threading.Lock(), seconds
@@ -1739,7 +1742,7 @@ class Turns:
         return going
 
     def keep(self, who):
-        """Tell whether who may go on, as nobody is in line. It doesn't stand still then: its turn begins anew."""
+        """True if who may go on, as nobody is in line. It isn't standing still, so its time starts anew."""
         with self.lock:
             if not self.line:
                 self.begun[who] = time.monotonic()
@@ -1769,7 +1772,7 @@ class Turns:
 
 def make_turns():
     """The Turns for each kind of work."""
-    seconds = {BLOCKS: TICK, LISTS: STUCK / 2}          # sooner: whoever asks for a listing should wait for no disk
+    seconds = {BLOCKS: TICK, LISTS: STUCK / 2}          # sooner: one disk that hangs must not hold up who asks of another
     return {kind: Turns(limit, seconds.get(kind, STUCK)) for kind, limit in AT_ONCE.items()}
 
 
@@ -1961,7 +1964,8 @@ class Task:
     def advance(self, error=None):
         """Run the session to its next wait and return that, or "done"."""
         try:
-            return self.steps.throw(error) if error else self.steps.send(None)
+            wait = self.steps.throw(error) if error else self.steps.send(None)
+            return BLOCKS if wait == SENDS else wait
         except StopIteration:
             return "done"
         except Exception:           # a bug ends its own session only
@@ -2062,8 +2066,8 @@ class SelectFtpServer:
         try:
             if wait == "done":
                 self.close(task)
-            elif wait in (BLOCKS, SENDS):
-                task.away = BLOCKS
+            elif wait == BLOCKS:
+                task.away = wait
                 self.batch.append(task)
             elif wait in AT_ONCE:
                 self.hand_over(task, wait)
@@ -2143,9 +2147,9 @@ class SelectFtpServer:
 
     def goes_on(self, kind, wait):
         """Tell whether a worker may go on with a session without the loop: there is more of the same to do, or its socket
-        is ready, if it is the only one whose disk is slow or one of the few that may compute."""
+        is ready, and it is alone among those that block or does what only a few may do at a time."""
         few = kind != BLOCKS or len(self.turns[kind].begun) == 1
-        return wait == kind or kind == BLOCKS and wait == SENDS or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
+        return wait == kind or few and isinstance(wait, tuple) and wait_for(wait[0], wait[1], 0)
 
     def answer_bell(self, sock, mask):
         """Callback of the bell."""
@@ -2417,8 +2421,8 @@ def open_server(options):
                       options.overwrite, not options.no_fsync, options.max_size)
     try:
         storage.sweep()
-    except OSError as error:
-        raise Unusable("can't store in %s: %s" % (storage.upload, error.strerror))
+    except (OSError, Refusal) as error:
+        raise Unusable("can't store in %s: %s" % (storage.upload, getattr(error, "strerror", error)))
     service = Service(options.mode, storage, options.timeout, options.max_clients)
     try:
         family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM,
