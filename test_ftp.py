@@ -3885,7 +3885,8 @@ def test_ctrl_c_ends_find_with_130():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.settimeout(PATIENCE)
-        command = launch(CLIENT, "import ftp_client; ftp_client.FIND_TIME = %d" % PATIENCE)
+        # A signal that comes right before a call that waits is seen only behind it: none may wait for as long as we do.
+        command = launch(CLIENT, "import ftp_client; ftp_client.FIND_TIME = %d" % (PATIENCE / 2))
         command += ["--find", "127.0.0.1", str(sock.getsockname()[1])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
             sock.recvfrom(1000)
@@ -5452,14 +5453,15 @@ script.Put.check = check
 def test_ctrl_c_ends_the_command_with_130(lone, work, classic):
     sparse(os.path.join(lone.download, "big"), 64 * MIB)
     with Proxy(lone.port, hold=("down", MIB)) as proxy:
-        process = subprocess.Popen(PYTHON + [CLIENT, "127.0.0.1", str(proxy.port), "get", "big"] + classic, cwd=str(work),
+        command = [CLIENT, "127.0.0.1", str(proxy.port), "get", "big", "--timeout", str(PATIENCE / 2)]      # as for --find above
+        process = subprocess.Popen(PYTHON + command + classic, cwd=str(work),
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
         with process:
             try:
                 assert proxy.held.wait(PATIENCE)
                 wait_for(lambda: any(tree(work, hidden=True).values()))    # what has passed the proxy may not be here yet
                 process.send_signal(signal.SIGINT)
-                out, err = process.communicate(timeout=5)
+                out, err = process.communicate(timeout=PATIENCE)
             finally:
                 process.kill()
     assert process.returncode == 130 and b"Traceback" not in err
