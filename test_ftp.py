@@ -4194,18 +4194,18 @@ def test_server_on_ipv6(mode, tmp_path, work):
 
 
 ANY_ADDRESS = """
-import socket  # what is bound to 0.0.0.0 is bound to 127.0.0.1 in truth, :: to ::1: no test listens to the network
-real_bind, real_name, everywhere = socket.socket.bind, socket.socket.getsockname, {}
+import socket, weakref  # what is bound to 0.0.0.0 is bound to 127.0.0.1 in truth, :: to ::1: no test listens to the network
+real_bind, real_name, everywhere = socket.socket.bind, socket.socket.getsockname, weakref.WeakKeyDictionary()
 def bind(sock, address):
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0])
     if loopback == "::1" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
         raise OSError("for IPv6 only")
     real_bind(sock, (loopback or address[0],) + address[1:])
     if loopback:
-        everywhere[sock.fileno()] = address[0]
+        everywhere[sock] = address[0]
 def getsockname(sock):
     name = real_name(sock)
-    return (everywhere.get(sock.fileno(), name[0]),) + name[1:]
+    return (everywhere.get(sock, name[0]),) + name[1:]
 def create(sock, *args, **kwargs):
     real_init(sock, *args, **kwargs)
     if sock.family == socket.AF_INET6 and not args[3:] and not kwargs.get("fileno"):
