@@ -2647,7 +2647,7 @@ def test_more_than_max_clients_are_told_busy(mode, folder):
             with server.peer() as silent:  # has less time than one that is served
                 assert silent.rest() == b""
             assert one.hello()["ok"] and two.put("x", b"x")["ok"]
-        wait_for(server.alive, 5)
+        wait_for(server.alive)
 
 
 @in_all_modes_at_once
@@ -2657,7 +2657,7 @@ def test_server_turns_away_those_for_whom_there_is_no_room(mode, folder):
             assert one.hello()["ok"]
             with server.peer() as two:
                 assert two.line()["code"] == "busy" and one.hello()["ok"]
-        wait_for(server.alive, 5)
+        wait_for(server.alive)
 
 
 @posix
@@ -6185,7 +6185,7 @@ def test_classic_client_works_with_the_articles_server(folder):
         assert client(port, "get", "nothing", "--classic", cwd=work).code == 1
         done = client(port, "--classic", "put", *files, cwd=work)
         assert done.code == 0 and "sent" in done.out and ": stored" not in done.out
-        wait_for(lambda: tree(folder / "article" / "upload") == files, 5)
+        wait_for(lambda: tree(folder / "article" / "upload") == files)
 
 
 def test_client_falls_back_where_hello_is_met_by_a_hang_up(tmp_path, work):
@@ -6194,7 +6194,7 @@ def test_client_falls_back_where_hello_is_met_by_a_hang_up(tmp_path, work):
         fill(tmp_path / "article" / "download", {"y": b"there"})
         done = client(port, "put", "x", cwd=work)
         assert done.code == 0 and "sent" in done.out
-        wait_for(lambda: tree(tmp_path / "article" / "upload") == {"x": b"hello"}, 5)
+        wait_for(lambda: tree(tmp_path / "article" / "upload") == {"x": b"hello"})
         assert client(port, "get", "y", cwd=work).code == 0
     assert tree(work) == {"x": b"hello", "y": b"there"}
 
@@ -7345,7 +7345,7 @@ class Typist:
                                 for text in self.shown + log for shown in text.splitlines())
 
         try:
-            wait_for(seen, 5)
+            wait_for(seen)
         except AssertionError:
             pytest.fail("nowhere to be seen: %s\n%s" % (line, "\n".join(self.shown)))
 
