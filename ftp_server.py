@@ -943,9 +943,11 @@ def parse_classic(data):
 # ==== Waiting: two traps, and the wire built on them =====================================================
 
 @types.coroutine
-def ready(sock, event, timeout):
-    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds."""
-    yield sock, event, timeout
+def ready(sock, event, timeout, kind):
+    """Pause until sock is ready for event; socket.timeout is raised here after timeout seconds.
+
+    kind: that of the work that comes then, as for announce(), if it is more than an operation on the socket; else None."""
+    yield sock, event, timeout, kind
 
 
 @types.coroutine
@@ -1005,9 +1007,7 @@ class Wire:
                     raise ConnectionAbortedError
                 if patience <= 0:
                     raise socket.timeout
-                await ready(self.sock, event, min(patience, WAKE))
-                if kind:
-                    await announce(kind)
+                await ready(self.sock, event, min(patience, WAKE), kind)
                 return operation(*args)
             except BlockingIOError:
                 pass
@@ -1790,9 +1790,9 @@ class FtpHandler(socketserver.BaseRequestHandler):
                 while True:
                     if wait in AT_ONCE:
                         wait = self.in_turn(steps, wait)
-                    elif wait_for(*wait):
+                    elif wait_for(*wait[:3]):
                         service.asking.add(session)         # while it is in line, too
-                        wait = RUNS
+                        wait = wait[3] or RUNS
                     else:
                         wait = steps.throw(socket.timeout())
         except StopIteration:
@@ -1952,11 +1952,12 @@ class Workers:
 
 class Task:
     """A session in the loop: its coroutine, and what that waits for."""
-    __slots__ = ("session", "steps", "sock", "event", "away", "deadline", "alarm")
+    __slots__ = ("session", "steps", "sock", "event", "kind", "away", "deadline", "alarm")
 
     def __init__(self, session, sock):
         self.session, self.steps, self.sock = session, session.run(), sock
         self.event = 0              # what sock is registered for; 0: it is not
+        self.kind = None            # kind of the work that comes when sock is ready
         self.away = None            # kind of the work that a worker does for it
         self.deadline = math.inf    # time.monotonic() at which the wait is over in any case
         self.alarm = math.inf       # when the loop looks at that, at the latest
@@ -1964,8 +1965,7 @@ class Task:
     def advance(self, error=None):
         """Run the session to its next wait and return that, or "done"."""
         try:
-            wait = self.steps.throw(error) if error else self.steps.send(None)
-            return BLOCKS if wait == SENDS else wait
+            return self.steps.throw(error) if error else self.steps.send(None)
         except StopIteration:
             return "done"
         except Exception:           # a bug ends its own session only
@@ -2058,7 +2058,7 @@ class SelectFtpServer:
             self.sel.unregister(conn)
             task.event = 0
         else:
-            self.wait(task, task.advance())
+            self.wait(task, task.kind or task.advance())
 
     def wait(self, task, wait):
         """Note what a session waits for: a worker of some kind, a socket, or nothing any more."""
@@ -2077,13 +2077,13 @@ class SelectFtpServer:
             LOG.exception("%s bug", task.session.peer)
             self.close(task)
 
-    def wait_for_socket(self, task, sock, event, timeout):
+    def wait_for_socket(self, task, sock, event, timeout, kind):
         """Register for one event, and only when it changes."""
         if not task.event:
             self.sel.register(sock, event, self.resume)
         elif task.event != event:
             self.sel.modify(sock, event, self.resume)
-        task.event = event
+        task.event, task.kind = event, kind and BLOCKS      # sendfile(2) is as other work with a disk here
         task.deadline = time.monotonic() + timeout
         self.set_alarm(task)
 
