@@ -1737,8 +1737,10 @@ class Turns:
 
     def fill(self):
         """Give turns to the first in line, as far as there is room, and return who they are."""
-        going = [self.line.popleft() for _ in range(min(self.limit - len(self.begun), len(self.line)))]
-        self.begun.update(dict.fromkeys(going, time.monotonic()))
+        going = []
+        while self.line and len(self.begun) < self.limit:
+            going.append(self.line.popleft())
+            self.begun[going[-1]] = time.monotonic()
         return going
 
     def keep(self, who):
