@@ -604,7 +604,7 @@ def lock(fd):
             if error.errno not in UNSUPPORTED | {errno.ENOLCK}:         # a disk without locks
                 raise
     else:
-        os.lseek(fd, 1 << 62, os.SEEK_SET)              # far behind the content, which stays readable
+        os.lseek(fd, (1 << 31) - 1, os.SEEK_SET)        # as far behind most content as _locking() can: that stays readable
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         os.lseek(fd, 0, os.SEEK_SET)
 
