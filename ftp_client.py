@@ -511,7 +511,11 @@ def size_of(path):
 
 
 def age(info):
-    """Seconds since a file was last written to, by its fstat(2); its stamps may be ahead of the clock."""
+    """Seconds since a file was last written to, by its fstat(2); its stamps may be ahead of the clock.
+
+    0 on Windows: a program that still has the file open may have written without a new stamp, and ctime is its birth."""
+    if os.name == "nt":
+        return 0
     now = time.time()
     return min(abs(now - info.st_mtime), abs(now - info.st_ctime))
 
@@ -777,7 +781,7 @@ class Job:
         info = os.fstat(file.fileno())
         wanted = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, length
         if self.hashed[0] != wanted:
-            self.hashed = None if fresh(info) else wanted, hash_file(file, length)      # by stamps that can be trusted
+            self.hashed = wanted, hash_file(file, length)
         return self.hashed[1].copy()
 
     def progress(self, count):
@@ -800,6 +804,7 @@ class Job:
 
 class Put(Job):
     """Send one local file."""
+    fresh = False           # whether it was at one of the tries: what hash_once() keeps may be older than the last change
 
     def __init__(self, client, path, name):
         super().__init__(client, remote_name(name), size_of(path))
@@ -817,7 +822,7 @@ class Put(Job):
         """Open the file and note what it is before it is read."""
         file = open_source(self.path)
         self.before = os.fstat(file.fileno())
-        self.fresh = fresh(self.before)
+        self.fresh = self.fresh or fresh(self.before)
         self.resize(self.before.st_size)
         return file
 

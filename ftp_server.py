@@ -153,7 +153,7 @@ class Gone(Exception):
 
 CODES = {getattr(errno, name): code for code, names in {
     "not-found": "ENOENT", "not-a-file": "EISDIR ELOOP ENXIO", "bad-name": "ENAMETOOLONG EILSEQ",
-    "denied": "EACCES EPERM EROFS ENOTDIR", "disk-full": "ENOSPC EDQUOT EFBIG", "busy": "EMFILE ENFILE ENOMEM EAGAIN",
+    "denied": "EACCES EPERM EROFS ENOTDIR", "disk-full": "ENOSPC EDQUOT EFBIG", "busy": "EMFILE ENFILE ENOMEM ENOBUFS EAGAIN",
 }.items() for name in names.split() if hasattr(errno, name)}
 
 
@@ -342,7 +342,11 @@ def lock(fd):
 
 
 def age(info):
-    """Seconds since a file was last written to, by its fstat(2); its stamps may be ahead of the clock."""
+    """Seconds since a file was last written to, by its fstat(2); its stamps may be ahead of the clock.
+
+    0 on Windows: a program that still has the file open may have written without a new stamp, and ctime is its birth."""
+    if os.name == "nt":
+        return 0
     now = time.time()
     return min(abs(now - info.st_mtime), abs(now - info.st_ctime))
 
@@ -1624,14 +1628,14 @@ class Service:
             return None
         except OSError as error:
             LOG.error("can't take a new client: %s", error.strerror)
-            return self.use_reserve(listener)
+            return self.use_reserve(listener) if refusal_of(error).code == "busy" else None     # else it is gone
         if len(self.sessions) < self.room:
             return sock, address or ("?", 0)            # macOS: gone again already
         LOG.error("no room for one more client")
         return turn_away(sock)
 
     def use_reserve(self, listener):
-        """accept() failed. If we are out of descriptors it would fail at once and forever: with the one kept in reserve
+        """accept() failed, as we are out of descriptors, and would fail at once and forever: with the one kept in reserve
         we can tell the client."""
         if self.reserve is None:
             time.sleep(TICK)
