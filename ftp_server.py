@@ -672,10 +672,9 @@ class Storage:
 
     def open_folder(self):
         """Open the upload folder. Raises Refusal where it is gone, as with a disk that isn't mounted any more."""
-        try:
-            return Folder(self.upload)
-        except FileNotFoundError:
-            raise Refusal("server-error", "the server's upload folder is gone") from None
+        if not os.path.exists(self.upload):
+            raise Refusal("server-error", "the server's upload folder is gone")
+        return Folder(self.upload)
 
     def open_download(self, name):
         """Open a regular file of the download folder. Raises Refusal or OSError."""
