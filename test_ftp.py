@@ -2440,7 +2440,7 @@ def test_silent_peers_are_dropped(mode, folder):
 @early
 @in_all_modes_at_once
 def test_peer_that_never_reads_is_dropped(mode, folder):
-    with serve(mode, folder, "--timeout", "1", "--max-clients", "1") as server:
+    with serve(mode, folder, "--timeout", "2", "--max-clients", "1") as server:
         sparse(os.path.join(server.download, "big"), 256 * MIB)
         with server.peer() as peer:
             start = time.monotonic()
@@ -4271,9 +4271,9 @@ socket.socket.bind, socket.socket.getsockname = bind, getsockname
 def test_server_for_the_network_says_who_can_reach_it(pair, folder):
     host, mode = pair
     with serve(mode, folder / "network", host=host, patch=ANY_ADDRESS) as server:
-        pass
+        wait_for(lambda: "no password" in server.out())
     with serve(mode, folder / "loopback") as loopback:
-        pass
+        wait_for(lambda: "ftp_client.py" in loopback.out())
     more = len((server.out() + server.log()).splitlines()) - len((loopback.out() + loopback.log()).splitlines())
     assert more >= 1 and re.search("reach|network|anyone|everyone", server.out() + server.log())
     assert "ftp_client.py %s " % host not in server.out() and "WARNING" not in server.log(), server.log()
