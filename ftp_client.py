@@ -1773,7 +1773,7 @@ def do_shell(client, options, words):
 
 
 def do_leave(client, options, names):
-    """exit() exit quit bye         leave; so does Ctrl-D"""
+    """exit() exit quit bye         leave; so does Ctrl-D (Windows: Ctrl-Z, Enter)"""
     sys.exit()
 
 
