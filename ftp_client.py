@@ -120,7 +120,7 @@ def reason(error):
 
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
 WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
-WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(?:$|\.))", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(?= *(?:$|\.))", re.IGNORECASE)
 
 
 def split_name(name):
@@ -460,6 +460,8 @@ def is_loopback(host):
 def tune(sock, peer):
     """Set what both ends of a connection want of their sockets; peer is the other end's address."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if os.name == "nt":             # there an urgent byte makes select() return at once until somebody has read it
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     if is_loopback(peer):           # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
@@ -601,16 +603,27 @@ def lock(fd):
     """Lock an open file against other processes; the system unlocks it however this one ends.
 
     Raises BlockingIOError or PermissionError where another has it."""
-    if fcntl:
-        try:
+    try:
+        if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:         # a disk without locks
-                raise
-    else:
-        os.lseek(fd, (1 << 31) - 1, os.SEEK_SET)        # as far behind most content as _locking() can: that stays readable
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            os.lseek(fd, (1 << 31) - 1, os.SEEK_SET)    # as far behind most content as _locking() can: that stays readable
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.ENOLCK}:             # a disk without locks
+            raise
+    finally:
+        if not fcntl:
+            os.lseek(fd, 0, os.SEEK_SET)
+
+
+def patiently(rename, *args, **where):
+    """Call a function that renames a file; on Windows again, for a moment, where it may not: virus scanners open what is new."""
+    for pause in (0.05, 0.1, 0.2, 0.4) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            return rename(*args, **where)
+        time.sleep(pause)
+    return rename(*args, **where)
 
 
 class Target:
@@ -645,7 +658,7 @@ class Target:
                 if found:
                     self.check_owner(info)
                 named = os.name == "nt" or self.has_name(info)      # Windows keeps an open file's name
-                if named and info.st_nlink == 1:
+                if named and info.st_nlink < 2:
                     self.file = file
                     return info.st_size
                 if named:                   # published, and killed before this name was taken away
@@ -712,13 +725,14 @@ class Target:
 
     def rename(self, replace):
         if replace:
-            os.replace(self.partial, self.path)
+            patiently(os.replace, self.partial, self.path)
             return self.path, False
         for path in self.candidates():
             if self.link(path):
                 return path, False
             if same_content(self.partial, path):
-                os.unlink(self.partial)
+                with contextlib.suppress(OSError):      # as in link()
+                    os.unlink(self.partial)
                 return path, True
 
     def candidates(self):
@@ -745,7 +759,7 @@ class Target:
                 raise
             if os.path.lexists(path):               # a disk without hard links (FAT)
                 return False
-            os.rename(self.partial, path)
+            patiently(os.rename, self.partial, path)
             return True
         with contextlib.suppress(OSError):          # it is stored: the old name is taken away when it is needed again
             os.unlink(self.partial)

@@ -153,7 +153,7 @@ class Gone(Exception):
 
 CODES = {getattr(errno, name): code for code, names in {
     "not-found": "ENOENT", "not-a-file": "EISDIR ELOOP ENXIO", "bad-name": "ENAMETOOLONG EILSEQ",
-    "denied": "EACCES EPERM EROFS ENOTDIR", "disk-full": "ENOSPC EDQUOT EFBIG", "busy": "EMFILE ENFILE ENOMEM ENOBUFS EAGAIN",
+    "denied": "EACCES EPERM EROFS ENOTDIR", "disk-full": "ENOSPC EDQUOT EFBIG", "busy": "EMFILE ENFILE ENOMEM ENOBUFS EAGAIN WSAEMFILE",
 }.items() for name in names.split() if hasattr(errno, name)}
 
 
@@ -169,7 +169,7 @@ def refusal_of(error):
 
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\\\\]")       # C0, DEL, C1, lone surrogates, backslash
 WINDOWS_UNSAFE = re.compile(r'[<>:"|?*]|[. ]$')
-WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(?:$|\.))", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(?= *(?:$|\.))", re.IGNORECASE)
 # O_NONBLOCK: opening a FIFO must not wait for its other end. O_BINARY is Windows'.
 OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
 HAS_DIR_FD = os.open in os.supports_dir_fd
@@ -284,7 +284,10 @@ class Folder:
         found = os.listdir(self.path if self.fd is None else self.fd)
         for name in sorted(name for name in found if name.startswith(to_disk(start))):
             try:
-                yield split_name(from_disk(name))[0]
+                part, = split_name(from_disk(name))
+                if to_disk(part) != name:               # Windows: made by other means than names of ours can be
+                    raise ValueError
+                yield part
             except (ValueError, Refusal):
                 if refused is not None and name != PARTIAL:
                     refused.append(name)
@@ -329,16 +332,18 @@ def lock(fd):
     """Lock an open file against other processes; the system unlocks it however this one ends.
 
     Raises BlockingIOError or PermissionError where another has it."""
-    if fcntl:
-        try:
+    try:
+        if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:         # a disk without locks
-                raise
-    else:
-        os.lseek(fd, (1 << 31) - 1, os.SEEK_SET)        # as far behind most content as _locking() can: that stays readable
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            os.lseek(fd, (1 << 31) - 1, os.SEEK_SET)    # as far behind most content as _locking() can: that stays readable
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.ENOLCK}:             # a disk without locks
+            raise
+    finally:
+        if not fcntl:
+            os.lseek(fd, 0, os.SEEK_SET)
 
 
 def age(info):
@@ -437,6 +442,15 @@ def nanoseconds(seconds):
     return int(whole) * 10 ** 9 + round(part * 1e9)
 
 
+def patiently(rename, *args, **where):
+    """Call a function that renames a file; on Windows again, for a moment, where it may not: virus scanners open what is new."""
+    for pause in (0.05, 0.1, 0.2, 0.4) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            return rename(*args, **where)
+        time.sleep(pause)
+    return rename(*args, **where)
+
+
 class Upload:
     """A file on its way in: a partial file, to which publish() gives the final name.
 
@@ -499,7 +513,7 @@ class Upload:
                 elif isinstance(error, (BlockingIOError, PermissionError)):
                     raise Refusal("busy", "another server is storing this file") from None
                 raise
-            if named and info.st_nlink == 1 and stat.S_ISREG(info.st_mode):
+            if named and info.st_nlink < 2 and stat.S_ISREG(info.st_mode):
                 return fd, info.st_size
             os.close(fd)
             if named:       # with 2 links: a server was killed before discard(), and writing would change the stored file
@@ -599,7 +613,8 @@ class Upload:
             stored = self.rename(name)
             if stored or (yield from self.same(name)):
                 if not stored:
-                    self.discard()
+                    with contextlib.suppress(OSError):      # as in rename()
+                        self.discard()
                 self.target.sync(self.storage.fsync)
                 if not stored or name != self.parts[-1]:
                     self.result = "ok, %s as %s" % ("stored" if stored else "already there", name)
@@ -625,7 +640,7 @@ class Upload:
             raise Refusal("server-error", "the partial file was tampered with")
         if self.storage.overwrite:
             self.check_replaceable()
-            os.replace(source, target, **where)
+            patiently(os.replace, source, target, **where)
             self.partial = None
             return True
         try:                                        # a link never replaces what is there
@@ -638,7 +653,7 @@ class Upload:
             with self.storage.renaming:             # a disk without hard links (FAT): our sessions take turns
                 if self.target.stat(name):
                     return False
-                os.rename(source, target, **where)
+                patiently(os.rename, source, target, **where)
             self.partial = None
             return True
         with contextlib.suppress(OSError):          # it is stored: of the old name sweep() will take care
@@ -969,6 +984,8 @@ def is_loopback(host):
 def tune(sock, peer):
     """Set what both ends of a connection want of their sockets; peer is the other end's address."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if os.name == "nt":             # there an urgent byte makes select() return at once until somebody has read it
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     if is_loopback(peer):           # elsewhere the system's own tuning is better
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, LOOPBACK_BUFFER)
@@ -1014,8 +1031,8 @@ class Wire:
                 return operation(*args)
             except BlockingIOError:
                 pass
-            except socket.timeout:
-                if patience > WAKE:
+            except socket.timeout as error:
+                if patience > WAKE and not error.errno:     # else it is the system's: the other machine is gone
                     continue
                 left, before, start = unsent(self.sock), left, time.monotonic()
                 if slow_is_fine and (before is None or left < before):
@@ -1245,7 +1262,7 @@ class Session:
     @contextlib.contextmanager
     def logged(self, file):
         """Write one line about the transfer in the block, however it ends."""
-        start, level = time.monotonic(), logging.INFO
+        start, level = time.perf_counter(), logging.INFO        # Windows' monotonic() may have steps of 16 ms
         try:
             yield
             result = file.result
@@ -1253,7 +1270,7 @@ class Session:
             level, result, self.told = logging.WARNING, "failed: %s" % error, True
             raise
         finally:
-            seconds = time.monotonic() - start
+            seconds = time.perf_counter() - start
             LOG.log(level, "%s %s %d bytes %.3f s %.1f MB/s %s",
                     self.peer, self.doing, file.moved, seconds, file.moved / 1e6 / max(seconds, 1e-6), result)
 
@@ -1998,6 +2015,8 @@ class SelectFtpServer:
         self.server_address = self.socket.getsockname()
         self.socket.listen(BACKLOG)
         self.bell, self.button = socket.socketpair()        # a worker's way to wake the loop: the self-pipe trick
+        with contextlib.suppress(OSError):
+            tune(self.button, "")                   # on Windows it is a connection over TCP
         self.rung = False                           # whether a byte is on its way from button to bell
         self.sel.register(self.bell, READ, self.answer_bell)
 

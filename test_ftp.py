@@ -82,6 +82,7 @@ SIZES = [0, 1] + [chunk + difference for chunk in CHUNKS for difference in (-1, 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files, stamps or signals")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc or asks the Linux kernel")
 terminal = pytest.mark.skipif(pty is None, reason="needs a pseudo-terminal")
+both_scripts = pytest.mark.parametrize("module", [ftp_server, ftp_client], ids=["server", "client"])
 
 
 # ==== Helpers: content, waiting, tables of cases ====================================================================
@@ -982,7 +983,7 @@ def test_both_scripts_hold_the_same_message_format():
 
 
 @pytest.mark.parametrize("name", "split_name storable to_disk from_disk numbered numbered_start is_numbered lock wait_for is_loopback tune "
-                         "unsent printable seconds port nanoseconds age fresh".split())
+                         "unsent printable seconds port nanoseconds age fresh patiently".split())
 def test_both_scripts_hold_the_same_helpers(name):
     assert inspect.getsource(getattr(ftp_server, name)) == inspect.getsource(getattr(ftp_client, name))
 
@@ -990,11 +991,42 @@ def test_both_scripts_hold_the_same_helpers(name):
 @cases("name, stored", {
     "characters": ('a<b>c:d"e|f?g*h', "a_b_c_d_e_f_g_h"), "dot": ("x.", "x_"), "space": ("x ", "x_"), "device": ("CON", "CON_"),
     "with an extension": ("nul.txt", "nul_.txt"), "port": ("Com1", "Com1_"), "superscript": ("LPT\u00b9.x", "LPT\u00b9_.x"),
+    "console": ("ConOut$", "ConOut$_"),
     "like one": ("console.com10", "console.com10"), "Unicode": ("成绩.txt", "成绩.txt")})
-@pytest.mark.parametrize("module", [ftp_server, ftp_client], ids=["server", "client"])
+@both_scripts
 def test_what_windows_can_not_hold_is_an_underscore_there(module, name, stored):
     assert module.storable(name, windows=True) == stored
     assert module.storable(name, windows=False) == name
+
+
+@both_scripts
+def test_lock_on_windows_does_without_where_the_disk_has_none(module, monkeypatch):
+    with tempfile.TemporaryFile() as file:
+        monkeypatch.setattr(module, "fcntl", None)
+        locking = mock.Mock(side_effect=[OSError(errno.EINVAL, "Invalid argument"), PermissionError(errno.EACCES, "another's")])
+        monkeypatch.setattr(module, "msvcrt", mock.Mock(locking=locking), raising=False)
+        module.lock(file.fileno())
+        with pytest.raises(PermissionError):
+            module.lock(file.fileno())
+        assert file.tell() == 0
+
+
+@both_scripts
+def test_what_a_virus_scanner_holds_on_windows_is_renamed_a_moment_later(module, monkeypatch):
+    denied, sleep = PermissionError(errno.EACCES, "denied"), mock.Mock()
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    with pytest.raises(PermissionError):
+        module.patiently(mock.Mock(side_effect=denied), "a", "b")
+    assert not sleep.called
+    monkeypatch.setattr(module, "os", types.SimpleNamespace(name="nt"))
+    rename = mock.Mock(side_effect=[denied, denied, None])
+    module.patiently(rename, "a", "b", src_dir_fd=None)
+    assert rename.call_args_list == [mock.call("a", "b", src_dir_fd=None)] * 3
+    with pytest.raises(PermissionError):
+        module.patiently(mock.Mock(side_effect=denied), "a", "b")
+    with pytest.raises(FileExistsError):
+        module.patiently(mock.Mock(side_effect=FileExistsError), "a", "b")
+    assert sum(call[0][0] for call in sleep.call_args_list) < 1
 
 
 @pytest.mark.parametrize("name", "UNSAFE WINDOWS_UNSAFE WINDOWS_DEVICE PARTIAL NAME_LIMIT PATH_LIMIT HEADER_LIMIT SIZE_LIMIT "
@@ -1262,7 +1294,7 @@ def test_hash_is_not_remembered_of_a_file_whose_stamps_tell_nothing(tmp_path, mo
 @cases("seconds, written, changed, is_fresh", {
     "just now": (0, 5, 5, True), "fine clock": (1, 5, 5, False), "clock of whole seconds": (1, 0, 0, True),
     "whole seconds of writing only": (1, 0, 5, True), "whole seconds, long ago": (3, 0, 0, False), "ahead": (-60, 5, 5, False)})
-@pytest.mark.parametrize("module", [ftp_server, ftp_client], ids=["server", "client"])
+@both_scripts
 def test_file_is_fresh_as_long_as_the_next_write_may_get_the_same_stamps(module, monkeypatch, seconds, written, changed, is_fresh):
     monkeypatch.setattr(module.time, "time", lambda: 1000.0 + seconds + 5e-9)
     info = types.SimpleNamespace(st_mtime=1000 + written / 1e9, st_mtime_ns=1000 * 10 ** 9 + written,
@@ -1375,6 +1407,15 @@ def test_put_without_a_hash_does_without_a_pipe(mode, folder):
     patch, data = "import os\ndef pipe(): raise OSError(24, 'Too many open files')\nos.pipe = pipe", content(3 * MIB)
     with serve(mode, folder, patch=patch) as server, server.peer() as peer:
         assert peer.put("x", data, verify=False)["ok"] and server.stored("x") == data
+
+
+def test_file_with_a_name_that_windows_can_not_ask_for_is_told_as_left_out(tmp_path, monkeypatch):
+    fill(tmp_path, {"aux_": b"1", "x": b"2"})
+    monkeypatch.setattr(ftp_server, "storable", lambda part: part.replace("_", "__"))
+    listing = ftp_server.Listing(str(tmp_path), "", True)
+    list(listing.collect())
+    assert b"aux" not in listing.lines and b'"x"' in listing.lines
+    assert listing.told() == "aux_ (no name that can be asked for)"
 
 
 @posix
@@ -2571,6 +2612,16 @@ def test_answer_that_is_under_way_comes_before_the_word_of_a_takeover():
 
 
 @linux
+def test_system_that_gives_a_peer_up_is_believed_at_once(monkeypatch):
+    monkeypatch.setattr(ftp_server, "WAKE", 0.5)  # as on Windows
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        operation = mock.Mock(side_effect=OSError(errno.ETIMEDOUT, "timed out"))
+        with pytest.raises((ftp_server.TimedOut, ftp_server.Gone)):
+            list(ftp_server.Wire(ours, PATIENCE).attempt(ftp_server.READ, operation).__await__())
+    assert operation.call_count == 1
+
+
 @posix
 @in_all_modes_at_once
 def test_resume_that_fails_keeps_no_lock(mode, folder):
@@ -2597,9 +2648,7 @@ class CRuntime:
     LK_NBLCK = 2
 
     def locking(fd, mode, count):
-        assert (mode, count) == (2, 1)
-        if os.lseek(fd, 0, os.SEEK_CUR) >= 1 << 31:
-            raise OSError(22, "Invalid argument")
+        assert (mode, count) == (2, 1) and os.lseek(fd, 0, os.SEEK_CUR) < 1 << 31  # else: "Invalid argument"
         flock(fd, 6)  # LOCK_EX | LOCK_NB
 
 script.msvcrt = CRuntime
