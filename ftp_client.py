@@ -1347,7 +1347,7 @@ class FtpClient:
         return "stopped" + ("; the same command goes on where it was" if self.bar.files and not self.classic else "")
 
     def summary(self):
-        done, moved, seconds = self.bar.finished, self.bar.moved, time.monotonic() - self.bar.start
+        done, moved, seconds = self.bar.finished, self.bar.moved, time.perf_counter() - self.bar.start
         text = "%d of %d done, %s in %.1f s, %s/s" % (done, done + len(self.failed), human(moved), seconds,
                                                       human(moved / max(seconds, 1e-6)))
         if self.failed:
@@ -1533,17 +1533,17 @@ class Bar:
     def __init__(self, files, size, visible):
         self.files, self.size, self.visible = files, size, visible
         self.finished = self.done = self.moved = 0
-        self.start = self.drawn = time.monotonic()
+        self.start = self.drawn = time.perf_counter()        # Windows' monotonic() may have steps of 16 ms
         self.shown = 0              # columns that are drawn
 
     def add(self, job, count, moved=True):
         self.done += count
         self.moved += count if moved else 0
-        if self.visible and (self.done >= self.size or time.monotonic() - self.drawn > BAR_TIME):
+        if self.visible and (self.done >= self.size or time.perf_counter() - self.drawn > BAR_TIME):
             self.draw(job.name)
 
     def draw(self, label):
-        self.drawn = time.monotonic()
+        self.drawn = time.perf_counter()
         try:
             width = max(1, (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1)
         except (OSError, ValueError):

@@ -231,6 +231,14 @@ def is_numbered(name, original):
     return any(number > 1 and name == numbered(original, number) for number in numbers)
 
 
+def long_path(path):
+    """An absolute path as Windows takes it at any length; else it finds nothing from 260 characters on."""
+    drive = os.path.splitdrive(path)[0]         # elsewhere there is none
+    if not drive or path.startswith("\\\\?\\"):
+        return path
+    return "\\\\?\\" + ("UNC" + path[1:] if drive.startswith("\\\\") else path)
+
+
 class Folder:
     """A folder held open, so that a link swapped in later can't lead out of it (openat(2), O_NOFOLLOW).
 
@@ -239,7 +247,7 @@ class Folder:
     __slots__ = ("path", "fd")
 
     def __init__(self, path, fd=None):
-        self.path = path            # None where a descriptor, got from another folder, does without
+        self.path = path and long_path(path)        # None where a descriptor, got from another folder, does without
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if fd is None and HAS_DIR_FD else fd
 
     def __enter__(self):

@@ -26,6 +26,7 @@ import inspect
 import itertools
 import json
 import math
+import ntpath
 import os
 import random
 import re
@@ -997,6 +998,13 @@ def test_both_scripts_hold_the_same_helpers(name):
 def test_what_windows_can_not_hold_is_an_underscore_there(module, name, stored):
     assert module.storable(name, windows=True) == stored
     assert module.storable(name, windows=False) == name
+
+
+@cases("path, long", {"drive": (r"C:\up", r"\\?\C:\up"), "share": (r"\\pc\up\x", r"\\?\UNC\pc\up\x"),
+                      "already": (r"\\?\C:\up", r"\\?\C:\up"), "elsewhere": ("/up", "/up")})
+def test_path_may_be_long_on_windows(monkeypatch, path, long):
+    monkeypatch.setattr(ftp_server, "os", types.SimpleNamespace(path=ntpath))
+    assert ftp_server.long_path(path) == long
 
 
 @both_scripts
