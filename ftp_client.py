@@ -708,28 +708,38 @@ class Target:
     def publish(self, mtime, replace):
         """Flush the partial to disk and give it its name: (path stored, whether the same content was there)."""
         fd = self.file.fileno()
-        if os.name == "nt":     # an open file can't be renamed there, and its flush and its end set its time anew
-            os.fsync(fd)
-            self.file.close()
-        if mtime is not None:
-            with contextlib.suppress(OSError, OverflowError):       # a time that this system can't hold
-                os.utime(fd if os.utime in os.supports_fd else self.partial, ns=(nanoseconds(mtime),) * 2)
         if os.name != "nt":
-            os.fsync(fd)
-            if not self.has_name(os.fstat(fd)):     # another file may have it now
-                raise Failed("%s was removed meanwhile: try again" % self.partial)
+            self.stamp(fd if os.utime in os.supports_fd else self.partial, mtime)
+        os.fsync(fd)
+        if os.name != "nt" and not self.has_name(os.fstat(fd)):         # another file may have it now
+            raise Failed("%s was removed meanwhile: try again" % self.partial)
         stored, duplicate = self.rename(replace)
         self.file.close()
+        if os.name == "nt" and not duplicate:       # there an open file's flush and its end set its time anew
+            self.stamp(stored, mtime)
         self.file = None
         return stored, duplicate
 
+    @staticmethod
+    def stamp(file, mtime):
+        if mtime is not None:
+            with contextlib.suppress(OSError, OverflowError):       # a time that this system can't hold
+                os.utime(file, ns=(nanoseconds(mtime),) * 2)
+
+    def unlock(self):
+        """Make way for what Windows does with no open file; no sooner than it must be, as others may then open it."""
+        if os.name == "nt":
+            self.file.close()
+
     def rename(self, replace):
         if replace:
+            self.unlock()
             patiently(os.replace, self.partial, self.path)
             return self.path, False
         for path in self.candidates():
             if self.link(path):
                 return path, False
+            self.unlock()
             if same_content(self.partial, path):
                 with contextlib.suppress(OSError):      # as in link()
                     os.unlink(self.partial)
@@ -759,8 +769,10 @@ class Target:
                 raise
             if os.path.lexists(path):               # a disk without hard links (FAT)
                 return False
+            self.unlock()
             patiently(os.rename, self.partial, path)
             return True
+        self.unlock()
         with contextlib.suppress(OSError):          # it is stored: the old name is taken away when it is needed again
             os.unlink(self.partial)
         return True

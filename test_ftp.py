@@ -2664,6 +2664,23 @@ script.msvcrt = CRuntime
 
 
 @posix
+def test_get_on_windows_keeps_its_lock_until_the_file_has_its_name(lone, work):
+    lone.serves("x", b"hello")
+    patch = WINDOWS % "client" + """
+def link(source, target, link=os.link, **how):
+    with open(source) as other:
+        try:
+            flock(other, 6)
+        except BlockingIOError:
+            return link(source, target, **how)
+        raise AssertionError("another client could have it")
+os.link = link
+"""
+    assert client(lone, "get", "x", cwd=work, patch=patch) == (0, "x: saved as x\n", "")
+    assert tree(work, hidden=True) == {"x": b"hello"}
+
+
+@posix
 @in_all_modes_at_once
 def test_put_and_get_do_without_what_windows_lacks(mode, folder):
     old, new, stamp = content(300000, 1), content(300000, 2), 1234567890.25
