@@ -1023,6 +1023,7 @@ def test_lock_on_windows_does_without_where_the_disk_has_none(module, monkeypatc
 def test_what_a_virus_scanner_holds_on_windows_is_renamed_a_moment_later(module, monkeypatch):
     denied, sleep = PermissionError(errno.EACCES, "denied"), mock.Mock()
     monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module, "os", types.SimpleNamespace(name="posix"))
     with pytest.raises(PermissionError):
         module.patiently(mock.Mock(side_effect=denied), "a", "b")
     assert not sleep.called
