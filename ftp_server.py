@@ -247,8 +247,11 @@ class Folder:
     __slots__ = ("path", "fd")
 
     def __init__(self, path, fd=None):
-        self.path = path and long_path(path)        # None where a descriptor, got from another folder, does without
+        self.path = path            # None where a descriptor, got from another folder, does without
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if fd is None and HAS_DIR_FD else fd
+        if self.fd is None:
+            self.path = long_path(path)
+            os.stat(self.path)      # it must be there, as where it is opened
 
     def __enter__(self):
         return self
@@ -695,9 +698,10 @@ class Storage:
 
     def open_folder(self):
         """Open the upload folder. Raises Refusal where it is gone, as with a disk that isn't mounted any more."""
-        if not os.path.exists(self.upload):
-            raise Refusal("server-error", "the server's upload folder is gone")
-        return Folder(self.upload)
+        try:
+            return Folder(self.upload)
+        except FileNotFoundError:
+            raise Refusal("server-error", "the server's upload folder is gone") from None
 
     def open_download(self, name):
         """Open a regular file of the download folder. Raises Refusal or OSError."""

@@ -2620,7 +2620,6 @@ def test_answer_that_is_under_way_comes_before_the_word_of_a_takeover():
         assert raised.value is refusal and wire.cut is None  # so it can be sent, and the client has time to read it
 
 
-@linux
 def test_system_that_gives_a_peer_up_is_believed_at_once(monkeypatch):
     monkeypatch.setattr(ftp_server, "WAKE", 0.5)  # as on Windows
     ours, theirs = socket.socketpair()
@@ -2631,6 +2630,7 @@ def test_system_that_gives_a_peer_up_is_believed_at_once(monkeypatch):
     assert operation.call_count == 1
 
 
+@linux
 @posix
 @in_all_modes_at_once
 def test_resume_that_fails_keeps_no_lock(mode, folder):
@@ -5547,6 +5547,20 @@ def test_put_of_a_file_that_changes_meanwhile_is_an_error_that_says_so(lone, wor
         done = running.result()
     assert done.code == 1 and re.search("chang|shr[aiu]nk|shorter", done.out + done.err)
     assert lone.uploads() == {}
+
+
+@pytest.mark.parametrize("limit", [0, 60], ids=["settled", "fresh"])
+def test_hash_of_what_is_sent_is_kept_for_the_next_try(tmp_path, monkeypatch, limit):
+    path = fill(tmp_path, {"x": b"1" * 1000})
+    stamps = os.stat(path)
+    monkeypatch.setattr(ftp_client, "FRESH", limit)
+    monkeypatch.setattr(os, "fstat", lambda fd: stamps)
+    job = ftp_client.Job(None, "x", 1000)
+    with open(path, "r+b", buffering=0) as file:
+        first = job.hash_once(file, 1000).digest()
+        file.seek(0)
+        file.write(b"2" * 1000)
+        assert job.hash_once(file, 1000).digest() == first
 
 
 def test_put_whose_hash_was_kept_from_an_earlier_try_mixes_no_two_versions(lone, work):
